@@ -1,0 +1,52 @@
+# every target makes .venv ready by itself: python3 (3.10 to 3.13, with venv and pip) is all it takes
+# PYTHON=...  the interpreter to make .venv with; if it has torch, that torch is used
+# ARGS=...    passed on, as in: make test ARGS="-k cosine -x"
+PYTHON ?= python3
+OUT ?= bench/results/gpu
+RUN := .venv/bin/python
+CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+
+# idle OpenMP threads that spin take the cores from whoever has work
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
+
+.PHONY: help demo test lint bench wheel gpu format clean env-gpu env-demo env-dev
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: env-demo  ## fine-tune a small model and compare with stock AdamW and scheduler
+	$(RUN) -m fusedlr demo $(ARGS)
+
+test: env-dev  ## all tests that this machine can run
+	$(RUN) -m pytest $(ARGS)
+
+lint: env-dev  ## ruff, mypy, clang-format: check only
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	$(if $(CSRC),.venv/bin/clang-format --dry-run -Werror $(CSRC))
+
+bench: env-demo  ## time this machine against stock torch
+	$(RUN) -m fusedlr bench $(ARGS)
+
+wheel: env-dev  ## sdist and wheel into dist/, and tests against the wheel
+	rm -rf build dist
+	$(RUN) -m build
+	sh tools/check_wheel.sh $(RUN) dist/*.whl
+
+gpu: env-gpu  ## the GPU suite, results into OUT=bench/results/gpu
+	$(RUN) -m bench.gpu_suite --out $(OUT) $(ARGS)
+
+format: env-dev  ## ruff and clang-format: rewrite
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+	$(if $(CSRC),.venv/bin/clang-format -i $(CSRC))
+
+clean:  ## remove what was built and cached, except .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fusedlr/*.so .venv/.ready-*
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# an existing .venv is kept unless the caller names an interpreter
+env-gpu env-demo env-dev:
+	@$(PYTHON) tools/bootstrap.py $(@:env-%=%) $(if $(filter file,$(origin PYTHON)),,--python)
