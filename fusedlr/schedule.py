@@ -1,0 +1,893 @@
+"""The definition of every learning rate schedule, in fp64.
+
+A schedule is data: a tuple of phases in units of the peak learning rate, read by one evaluator. The
+reference step evaluates it on device tensors with the same code; kernels spell `phase_weights` again under
+the same names and are held to this file at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+# a phase that never ends (inverse square root); far above any step count, exact in fp64
+FOREVER = 2**53
+
+# the order is part of the format of `Schedule.to_numbers`, and of the kernels' phase rows
+SHAPES = (
+    "constant",
+    "linear",
+    "cosine",
+    "restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "1-sqrt",
+    "1-sqrt-rise",
+    "table",
+)
+
+
+@dataclass(frozen=True)
+class Absolute:
+    """A level given as a learning rate rather than as a ratio of the peak; `name` is the argument it came from."""
+
+    lr: float
+    name: str = "min_lr"
+
+    def ratio(self, peak: float) -> float:
+        """`lr / peak`, in [0, 1]; ValueError otherwise."""
+        if not peak > 0:
+            raise ValueError(f"{self.name}={self.lr} is absolute and needs a peak lr above 0, got lr={peak}")
+        if self.lr > peak:
+            raise ValueError(f"{self.name}={self.lr} is above the peak lr={peak}")
+        return self.lr / peak
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One piece of a schedule: `from_*w0 + to*w1` for steps `begin <= k`, until the next phase begins.
+
+    Elapsed steps are `e = clamp(k, begin, end) - origin` out of `n = end - origin`, so a phase past its end
+    holds its last value. `from_` and `to` are ratios of the peak. `shape` names the weights (see
+    `phase_weights`), `shape_param` is its one number: cycles, power, time scale or position in the table.
+    """
+
+    begin: int
+    end: int
+    origin: int
+    from_: float | Absolute
+    to: float | Absolute
+    shape: str
+    shape_param: float = 0.0
+
+
+class _Scalars:
+    """The arithmetic of `phase_weights` on Python numbers; `fusedlr.reference` has the same names on tensors."""
+
+    sin, cos, sqrt = staticmethod(math.sin), staticmethod(math.cos), staticmethod(math.sqrt)
+    real = staticmethod(float)
+
+    @staticmethod
+    def where(condition: bool, a: Any, b: Any) -> Any:
+        return a if condition else b
+
+    @staticmethod
+    def clamp(x: int, low: int, high: int) -> int:
+        return min(max(x, low), high)
+
+    @staticmethod
+    def take(values: Sequence[float], index: int) -> float:
+        return values[index]
+
+
+def phase_weights(phase: Phase, e: Any, table: Sequence[float], xp: Any = _Scalars) -> tuple[Any, Any]:
+    """Weights `(w0, w1)` of `from_` and `to`, `w0 + w1 = 1`, after `e` of the phase's `n` steps.
+
+    `e` is an integer, or an integer tensor when `xp` works on tensors. What is small is computed as itself,
+    never as 1 minus something: `r = n - e` steps remain, and the cosine's angle is reduced in integers.
+    """
+    shape, c = phase.shape, phase.shape_param
+    n = phase.end - phase.origin
+    r = n - e
+    if shape == "constant":
+        return 1.0, 0.0
+    if shape == "linear":
+        return xp.real(r) / n, xp.real(e) / n
+    if shape == "cosine" and not float(2 * c).is_integer():
+        angle = math.pi * c * xp.real(e) / n
+        return xp.cos(angle) ** 2, xp.sin(angle) ** 2
+    if shape in ("cosine", "restarts"):
+        # 0.5*(1 - cos(pi*x)) = sin(pi/2 * x)**2 has period 2 in x = q/n and is even around x = 1
+        q = int(2 * c) * e % (2 * n) if shape == "cosine" else int(c) * e % n
+        q = xp.where(q > n, 2 * n - q, q)
+        quarter = 0.5 * math.pi / n
+        return xp.sin(quarter * xp.real(n - q)) ** 2, xp.sin(quarter * xp.real(q)) ** 2
+    if shape == "polynomial":
+        w0 = (xp.real(r) / n) ** c
+        return w0, 1.0 - w0
+    if shape == "inverse_sqrt":
+        w0 = 1.0 / xp.sqrt(1.0 + xp.real(e) / c)
+        return w0, 1.0 - w0
+    if shape == "1-sqrt":
+        root = xp.sqrt(xp.real(e) / n)
+        return xp.real(r) / n / (1.0 + root), root
+    if shape == "1-sqrt-rise":
+        root = xp.sqrt(xp.real(r) / n)
+        return root, xp.real(e) / n / (1.0 + root)
+    w1 = xp.take(table, int(c) + e)
+    return 1.0 - w1, w1
+
+
+def evaluate(phases: Sequence[Phase], k: Any, table: Sequence[float] = (), xp: Any = _Scalars) -> Any:
+    """The ratio of the peak at step `k`: the value of the last phase that has begun. Every level must be a ratio."""
+    value = None
+    for phase in phases:
+        e = xp.clamp(k, phase.begin, phase.end) - phase.origin
+        w0, w1 = phase_weights(phase, e, table, xp)
+        level = phase.from_ * w0 + phase.to * w1
+        value = level if value is None else xp.where(k >= phase.begin, level, value)
+    return value
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate schedule: phases in units of the peak, defined for every integer step.
+
+    Build one with the constructors of this module (`fusedlr.cosine(...)`, ...). Two schedules are equal when
+    they give the same phases and run length, whatever they were called.
+
+    Attributes:
+        phases: at least one `Phase`, in the order of their `begin`.
+        total_steps: updates in the run, or None where the schedule has no end.
+        table: values that phases of shape `table` index, ratios of the peak.
+        label: how it was built, for `repr`.
+    """
+
+    phases: tuple[Phase, ...]
+    total_steps: int | None = None
+    table: tuple[float, ...] = ()
+    label: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        """Check that the phases can be evaluated at every step."""
+        if not self.phases:
+            raise ValueError("phases=() is empty: a schedule needs at least one phase")
+        begins = [phase.begin for phase in self.phases]
+        if begins != sorted(set(begins)):
+            raise ValueError(f"phases must begin one after the other, got begin={begins}")
+        for phase in self.phases:
+            if phase.shape not in SHAPES:
+                raise ValueError(f"shape={phase.shape!r} is unknown, expected one of {', '.join(SHAPES)}")
+            if phase.end < phase.begin or phase.end <= phase.origin:
+                raise ValueError(f"a phase must end after it begins and after its origin, got {phase}")
+            for level in (phase.from_, phase.to):
+                if not isinstance(level, Absolute) and not (math.isfinite(level) and level >= 0):
+                    raise ValueError(f"a level must be a finite ratio of the peak >= 0, got {phase}")
+            if phase.shape == "table" and int(phase.shape_param) + phase.end - phase.origin >= len(
+                self.table
+            ):
+                raise ValueError(f"table has {len(self.table)} values, too few for {phase}")
+
+    def __repr__(self) -> str:
+        """The call that builds it."""
+        return self.label or f"Schedule(phases={self.phases!r}, total_steps={self.total_steps})"
+
+    def lr_at(self, k: int, peak: float = 1.0) -> float:
+        """Learning rate of update `k`, counted from 0: the fp64 definition that every backend is held to.
+
+        Args:
+            k: step, any integer; before 0 the first value holds, past the end the last.
+            peak: peak learning rate, the group's `initial_lr`. Absolute levels are resolved against it.
+
+        Raises:
+            ValueError: `k` is not an integer, `peak` is negative or not finite.
+
+        >>> cosine(warmup_steps=10, total_steps=110).lr_at(5, peak=2e-4)
+        0.0001
+        """
+        k = _integer("k", k)
+        peak = _non_negative("peak", peak)
+        phases = self.resolve(peak).phases
+        # the last phase that has begun; alone it gives what `evaluate` gives for all
+        i = max(bisect_right(phases, k, key=lambda phase: phase.begin), 1)
+        return float(peak * evaluate(phases[i - 1 : i], k, self.table))
+
+    def resolve(self, peak: float) -> Schedule:
+        """The same schedule with every absolute level turned into a ratio of `peak`.
+
+        Raises:
+            ValueError: a level is above `peak`.
+        """
+        if not any(isinstance(level, Absolute) for phase in self.phases for level in (phase.from_, phase.to)):
+            return self
+
+        def ratio(level: float | Absolute) -> float:
+            return level.ratio(peak) if isinstance(level, Absolute) else level
+
+        phases = tuple(replace(phase, from_=ratio(phase.from_), to=ratio(phase.to)) for phase in self.phases)
+        return replace(self, phases=phases)
+
+    def describe(self, peak: float | None = None) -> str:
+        """What the first, the peak and the last update get, in words.
+
+        Args:
+            peak: peak learning rate; without it rates are given as a share of the peak.
+        """
+        from fusedlr.describe import describe
+
+        return describe(self, peak)
+
+    def to_json(self) -> str:
+        """A JSON object that `from_json` turns back into an equal schedule."""
+
+        def plain(level: float | Absolute) -> Any:
+            return {"lr": level.lr, "name": level.name} if isinstance(level, Absolute) else level
+
+        phases = [
+            {
+                "begin": phase.begin,
+                "end": phase.end,
+                "origin": phase.origin,
+                "from": plain(phase.from_),
+                "to": plain(phase.to),
+                "shape": phase.shape,
+                "shape_param": phase.shape_param,
+            }
+            for phase in self.phases
+        ]
+        return json.dumps(
+            {
+                "label": self.label,
+                "total_steps": self.total_steps,
+                "phases": phases,
+                "table": list(self.table),
+            }
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Schedule:
+        """The schedule that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not such an object.
+        """
+
+        def level(value: Any) -> float | Absolute:
+            return Absolute(value["lr"], value["name"]) if isinstance(value, dict) else float(value)
+
+        try:
+            data = json.loads(text)
+            phases = tuple(
+                Phase(
+                    int(row["begin"]),
+                    int(row["end"]),
+                    int(row["origin"]),
+                    level(row["from"]),
+                    level(row["to"]),
+                    str(row["shape"]),
+                    float(row["shape_param"]),
+                )
+                for row in data["phases"]
+            )
+            return Schedule(phases, data["total_steps"], tuple(map(float, data["table"])), str(data["label"]))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"text is not a schedule in JSON: {error!r} in {text[:80]!r}") from error
+
+    def to_numbers(self) -> list[float]:
+        """One flat list of plain numbers, for checkpoints: number of phases, run length (-1: none), phases, table.
+
+        Raises:
+            ValueError: an absolute level has not been resolved.
+        """
+        rows: list[float] = [len(self.phases), -1 if self.total_steps is None else self.total_steps]
+        for phase in self.phases:
+            if isinstance(phase.from_, Absolute) or isinstance(phase.to, Absolute):
+                raise ValueError(f"{self!r} has an absolute level: resolve(peak) it first")
+            rows += [phase.begin, phase.end, phase.origin, phase.from_, phase.to]
+            rows += [SHAPES.index(phase.shape), phase.shape_param]
+        return [*rows, *self.table]
+
+    @staticmethod
+    def from_numbers(numbers: Sequence[float]) -> Schedule:
+        """The schedule that `to_numbers` wrote; its label is lost.
+
+        Raises:
+            ValueError: the list is not such a list.
+        """
+        try:
+            count, total = int(numbers[0]), int(numbers[1])
+            rows = [numbers[2 + 7 * i : 9 + 7 * i] for i in range(count)]
+            phases = tuple(
+                Phase(
+                    int(begin), int(end), int(origin), float(f), float(to), SHAPES[int(shape)], float(param)
+                )
+                for begin, end, origin, f, to, shape, param in rows
+            )
+            table = tuple(float(value) for value in numbers[2 + 7 * count :])
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"not a schedule in numbers: {error} in {list(numbers)[:9]}...") from error
+        return Schedule(phases, None if total < 0 else total, table)
+
+
+# --- checks, each naming the argument and its value
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not an integer")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is not an integer") from None
+
+
+def _count(name: str, value: Any, at_least: int = 0) -> int:
+    count = _integer(name, value)
+    if count < at_least:
+        raise ValueError(f"{name}={value!r} must be at least {at_least}")
+    return count
+
+
+def _non_negative(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is not a number") from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}={value!r} must be a finite number >= 0")
+    return number
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _non_negative(name, value)
+    if number == 0:
+        raise ValueError(f"{name}={value!r} must be above 0")
+    return number
+
+
+def _ratio(name: str, value: Any) -> float:
+    number = _non_negative(name, value)
+    if number > 1:
+        raise ValueError(f"{name}={value!r} must be a ratio in [0, 1]")
+    return number
+
+
+def _total(name: str, total_steps: Any) -> int:
+    if total_steps is None:
+        raise ValueError(f"{name} needs total_steps, the number of updates in the run")
+    return _count("total_steps", total_steps, at_least=1)
+
+
+def _warmup(warmup_steps: Any, total_steps: int | None) -> int:
+    """Warm-up in updates; below 1 it is a share of the run, rounded up as the HF Trainer does."""
+    if isinstance(warmup_steps, float) and 0 < warmup_steps < 1:
+        if total_steps is None:
+            raise ValueError(f"warmup_steps={warmup_steps!r} is a ratio and needs total_steps")
+        return math.ceil(total_steps * warmup_steps)
+    return _count("warmup_steps", warmup_steps)
+
+
+def _floor(min_lr_ratio: Any, min_lr: Any) -> float | Absolute:
+    """The level a schedule ends at: 0, a ratio of the peak or an absolute learning rate."""
+    if min_lr_ratio is not None and min_lr is not None:
+        raise ValueError(f"min_lr_ratio={min_lr_ratio!r} and min_lr={min_lr!r} exclude each other")
+    if min_lr is not None:
+        return Absolute(_non_negative("min_lr", min_lr))
+    return 0.0 if min_lr_ratio is None else _ratio("min_lr_ratio", min_lr_ratio)
+
+
+def _hold(begin: int, level: float | Absolute) -> Phase:
+    return Phase(begin, begin + 1, begin, level, level, "constant")
+
+
+def _rise(warmup: int, warmup_from: Any) -> list[Phase]:
+    """Linear warm-up over `[0, warmup)`, or nothing."""
+    first = _ratio("warmup_from", warmup_from)
+    return [Phase(0, warmup, 0, first, 1.0, "linear")] if warmup else []
+
+
+def _label(name: str, **arguments: Any) -> str:
+    """The call as a user would write it, without the arguments left at None."""
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)
+    return f"{name}({given})"
+
+
+# --- constructors
+
+
+def constant() -> Schedule:
+    """The peak at every step: `f(k) = 1`.
+
+    >>> constant().lr_at(1000, peak=2e-4)
+    0.0002
+    """
+    return Schedule((_hold(0, 1.0),), label="constant()")
+
+
+def constant_with_warmup(
+    warmup_steps: float = 0, total_steps: int | None = None, *, warmup_from: float = 0.0
+) -> Schedule:
+    """Linear warm-up, then the peak: `f(k) = k/W` for `k < W`, then 1.
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: updates in the run; only needed for a share, and to say where the run ends.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> constant_with_warmup(warmup_steps=4).lr_at(1)
+    0.25
+    """
+    total = None if total_steps is None else _total("constant_with_warmup", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    label = _label(
+        "constant_with_warmup", warmup_steps=warmup, total_steps=total, warmup_from=warmup_from or None
+    )
+    return Schedule((*_rise(warmup, warmup_from), _hold(warmup, 1.0)), total, label=label)
+
+
+def linear(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    min_lr_ratio: float | None = None,
+    min_lr: float | None = None,
+    warmup_from: float = 0.0,
+) -> Schedule:
+    """Linear warm-up to the peak, then linear decay: `f(k) = (T-k)/(T-W)` down to the floor.
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: `T`, updates in the run.
+        min_lr_ratio: floor as a ratio of the peak, default 0.
+        min_lr: floor as a learning rate, instead of `min_lr_ratio`.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range, `total_steps` is missing, or both floors are given.
+
+    >>> linear(warmup_steps=2, total_steps=10).lr_at(6)
+    0.5
+    """
+    return _decay("linear", "linear", 0.0, warmup_steps, total_steps, min_lr_ratio, min_lr, warmup_from)
+
+
+def cosine(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    num_cycles: float = 0.5,
+    min_lr_ratio: float | None = None,
+    min_lr: float | None = None,
+    warmup_from: float = 0.0,
+) -> Schedule:
+    """Linear warm-up to the peak, then half a cosine down to the floor.
+
+    `f(k) = 0.5*(1 + cos(2*pi*num_cycles*p))` with `p = (k-W)/(T-W)` (Loshchilov and Hutter 2017,
+    arXiv:1608.03983), scaled to end at the floor.
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: `T`, updates in the run.
+        num_cycles: waves over the decay; 0.5 falls once from the peak to the floor.
+        min_lr_ratio: floor as a ratio of the peak, default 0.
+        min_lr: floor as a learning rate, instead of `min_lr_ratio`.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range, `total_steps` is missing, or both floors are given.
+
+    >>> schedule = cosine(warmup_steps=200, total_steps=4000, min_lr_ratio=0.1)
+    >>> [round(schedule.lr_at(k), 6) for k in (0, 100, 200, 2100, 4000)]
+    [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    cycles = _positive("num_cycles", num_cycles)
+    return _decay("cosine", "cosine", cycles, warmup_steps, total_steps, min_lr_ratio, min_lr, warmup_from)
+
+
+def _decay(
+    name: str,
+    shape: str,
+    param: float,
+    warmup_steps: Any,
+    total_steps: Any,
+    min_lr_ratio: Any,
+    min_lr: Any,
+    warmup_from: Any,
+) -> Schedule:
+    """Warm-up, then one phase from the peak to the floor."""
+    total = _total(name, total_steps)
+    warmup = _warmup(warmup_steps, total)
+    floor = _floor(min_lr_ratio, min_lr)
+    rise = _rise(warmup, warmup_from)
+    # with a warm-up as long as the run there is no decay left: past the end the floor holds
+    fall = Phase(warmup, total, warmup, 1.0, floor, shape, param) if total > warmup else _hold(warmup, floor)
+    label = _label(
+        name,
+        warmup_steps=warmup,
+        total_steps=total,
+        num_cycles=param if shape == "cosine" and param != 0.5 else None,
+        min_lr_ratio=min_lr_ratio,
+        min_lr=min_lr,
+        warmup_from=warmup_from or None,
+    )
+    return Schedule((*rise, fall), total, label=label)
+
+
+def cosine_with_restarts(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    num_cycles: int = 1,
+    cycle_mult: float = 1.0,
+    min_lr_ratio: float | None = None,
+    min_lr: float | None = None,
+    warmup_from: float = 0.0,
+) -> Schedule:
+    """Linear warm-up, then `num_cycles` half cosines, each from the peak to the floor (SGDR, arXiv:1608.03983).
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: `T`, updates in the run.
+        num_cycles: number of cycles, a whole number.
+        cycle_mult: each cycle is this many times as long as the one before; cycles then begin on whole steps.
+        min_lr_ratio: floor as a ratio of the peak, default 0.
+        min_lr: floor as a learning rate, instead of `min_lr_ratio`.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range, or a cycle would be shorter than one update.
+
+    >>> [cosine_with_restarts(total_steps=8, num_cycles=2).lr_at(k) for k in (0, 4, 8)]
+    [1.0, 1.0, 0.0]
+    """
+    total = _total("cosine_with_restarts", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    cycles = _count("num_cycles", num_cycles, at_least=1)
+    mult = _positive("cycle_mult", cycle_mult)
+    floor = _floor(min_lr_ratio, min_lr)
+    phases = _rise(warmup, warmup_from)
+    span = total - warmup
+    if span > 0 and mult == 1:
+        phases.append(Phase(warmup, total, warmup, 1.0, floor, "restarts", cycles))
+    elif span > 0:
+        shares = [mult**i for i in range(cycles)]
+        edges = [warmup + round(span * sum(shares[:i]) / sum(shares)) for i in range(cycles + 1)]
+        if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+            raise ValueError(
+                f"num_cycles={num_cycles!r} with cycle_mult={cycle_mult!r} leaves a cycle without an update "
+                f"in {span} steps"
+            )
+        phases += [Phase(a, b, a, 1.0, floor, "cosine", 0.5) for a, b in zip(edges, edges[1:], strict=False)]
+    # a cycle's last value is the peak of the next one, so the end has a phase of its own
+    phases.append(_hold(max(total, warmup), floor))
+    label = _label(
+        "cosine_with_restarts",
+        warmup_steps=warmup,
+        total_steps=total,
+        num_cycles=cycles,
+        cycle_mult=None if mult == 1 else mult,
+        min_lr_ratio=min_lr_ratio,
+        min_lr=min_lr,
+        warmup_from=warmup_from or None,
+    )
+    return Schedule(tuple(phases), total, label=label)
+
+
+def polynomial(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    power: float = 1.0,
+    lr_end: float = 1e-7,
+    warmup_from: float = 0.0,
+) -> Schedule:
+    """Linear warm-up, then `((T-k)/(T-W))**power` from the peak down to `lr_end`.
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: `T`, updates in the run.
+        power: exponent, above 0.
+        lr_end: learning rate at the end, absolute, at most the peak.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range; `lr_end` above the peak is found when the peak is known.
+
+    >>> polynomial(total_steps=10, power=2.0, lr_end=0.0).lr_at(5)
+    0.25
+    """
+    total = _total("polynomial", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    exponent = _positive("power", power)
+    end = Absolute(_non_negative("lr_end", lr_end), "lr_end")
+    fall = (
+        Phase(warmup, total, warmup, 1.0, end, "polynomial", exponent)
+        if total > warmup
+        else _hold(warmup, end)
+    )
+    label = _label(
+        "polynomial",
+        warmup_steps=warmup,
+        total_steps=total,
+        power=exponent,
+        lr_end=lr_end,
+        warmup_from=warmup_from or None,
+    )
+    return Schedule((*_rise(warmup, warmup_from), fall), total, label=label)
+
+
+def inverse_sqrt(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    timescale: int | None = None,
+    warmup_from: float = 0.0,
+) -> Schedule:
+    """Linear warm-up, then `1/sqrt(1 + (k-W)/timescale)`, without an end (arXiv:2106.04560).
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: updates in the run; only needed for a share, and to say where the run ends.
+        timescale: updates after which the rate has fallen to `1/sqrt(2)`; default `W`, or 10,000 without warm-up.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> inverse_sqrt(warmup_steps=100).lr_at(400)
+    0.5
+    """
+    total = None if total_steps is None else _total("inverse_sqrt", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    scale = _count("timescale", timescale, at_least=1) if timescale is not None else warmup or 10_000
+    label = _label(
+        "inverse_sqrt",
+        warmup_steps=warmup,
+        total_steps=total,
+        timescale=timescale,
+        warmup_from=warmup_from or None,
+    )
+    fall = Phase(warmup, FOREVER, warmup, 1.0, 0.0, "inverse_sqrt", float(scale))
+    return Schedule((*_rise(warmup, warmup_from), fall), total, label=label)
+
+
+def cosine_with_min_lr(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    min_lr_ratio: float | None = None,
+    min_lr: float | None = None,
+    num_cycles: float = 0.5,
+    warmup_from: float = 0.0,
+) -> Schedule:
+    """`cosine` with a floor that must be given, as transformers' scheduler of this name.
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: `T`, updates in the run.
+        min_lr_ratio: floor as a ratio of the peak; transformers calls it `min_lr_rate`.
+        min_lr: floor as a learning rate; exactly one of the two is required.
+        num_cycles: waves over the decay.
+        warmup_from: ratio of the peak that update 0 gets.
+
+    Raises:
+        ValueError: an argument is out of range, or not exactly one floor is given.
+
+    >>> cosine_with_min_lr(total_steps=10, min_lr=1e-5).lr_at(10, peak=1e-4)
+    1e-05
+    """
+    if min_lr_ratio is None and min_lr is None:
+        raise ValueError("cosine_with_min_lr needs one of min_lr_ratio (min_lr_rate) and min_lr")
+    return cosine(
+        warmup_steps,
+        total_steps,
+        num_cycles=num_cycles,
+        min_lr_ratio=min_lr_ratio,
+        min_lr=min_lr,
+        warmup_from=warmup_from,
+    )
+
+
+def cosine_warmup_with_min_lr(
+    warmup_steps: float = 0,
+    total_steps: int | None = None,
+    *,
+    min_lr_ratio: float | None = None,
+    min_lr: float | None = None,
+    warmup_lr_rate: float | None = None,
+    num_cycles: float = 0.5,
+) -> Schedule:
+    """Cosine to a floor, one step ahead: no update gets 0, the peak is update W-1 and the floor update T-1.
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        total_steps: `T`, updates in the run.
+        min_lr_ratio: floor as a ratio of the peak; transformers calls it `min_lr_rate`.
+        min_lr: floor as a learning rate; exactly one of the two is required.
+        warmup_lr_rate: ratio of the peak that update 0 gets, default `1/W`.
+        num_cycles: waves over the decay.
+
+    Raises:
+        ValueError: an argument is out of range, or not exactly one floor is given.
+
+    >>> cosine_warmup_with_min_lr(warmup_steps=4, total_steps=20, min_lr_ratio=0.1).lr_at(0)
+    0.25
+    """
+    total = _total("cosine_warmup_with_min_lr", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    if min_lr_ratio is None and min_lr is None:
+        raise ValueError("cosine_warmup_with_min_lr needs one of min_lr_ratio (min_lr_rate) and min_lr")
+    floor = _floor(min_lr_ratio, min_lr)
+    cycles = _positive("num_cycles", num_cycles)
+    # everything happens one step early: the origins stand one step before the phases
+    phases = []
+    if warmup and warmup_lr_rate is None:
+        phases.append(Phase(0, warmup - 1, -1, 0.0, 1.0, "linear"))
+    elif warmup:
+        phases.append(
+            Phase(0, max(warmup - 1, 1), 0, _ratio("warmup_lr_rate", warmup_lr_rate), 1.0, "linear")
+        )
+    phases.append(Phase(warmup, max(total - 1, warmup), warmup - 1, 1.0, floor, "cosine", cycles))
+    label = _label(
+        "cosine_warmup_with_min_lr",
+        warmup_steps=warmup,
+        total_steps=total,
+        min_lr_ratio=min_lr_ratio,
+        min_lr=min_lr,
+        warmup_lr_rate=warmup_lr_rate,
+        num_cycles=None if cycles == 0.5 else cycles,
+    )
+    return Schedule(tuple(phases), total, label=label)
+
+
+_RISE_SHAPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
+_FALL_SHAPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt"}
+
+
+def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown, expected one of {', '.join(choices)}")
+    return value
+
+
+def warmup_stable_decay(
+    warmup_steps: float = 0,
+    decay_steps: int | None = None,
+    total_steps: int | None = None,
+    *,
+    stable_steps: int | None = None,
+    warmup_type: str = "linear",
+    decay_type: str = "cosine",
+    min_lr_ratio: float = 0.0,
+    num_cycles: float = 0.5,
+) -> Schedule:
+    """Warm-up from the floor to the peak, a stable phase at the peak, decay back to the floor (arXiv:2404.06395).
+
+    Args:
+        warmup_steps: `W` in updates; below 1 a share of `total_steps`.
+        decay_steps: updates in the decay, required.
+        total_steps: updates in the run, `W + stable + decay`.
+        stable_steps: updates at the peak; default what `total_steps` leaves. Given both, it wins.
+        warmup_type: `linear`, `cosine` or `1-sqrt`.
+        decay_type: `linear`, `cosine` or `1-sqrt` (arXiv:2405.18392).
+        min_lr_ratio: floor as a ratio of the peak.
+        num_cycles: waves over a cosine decay.
+
+    Raises:
+        ValueError: an argument is out of range, lengths are missing, or the stable phase would be negative.
+
+    >>> schedule = warmup_stable_decay(warmup_steps=10, decay_steps=20, total_steps=100, decay_type="1-sqrt")
+    >>> [schedule.lr_at(k) for k in (5, 50, 85, 100)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if decay_steps is None:
+        raise ValueError("warmup_stable_decay needs decay_steps, the number of updates in the decay")
+    decay = _count("decay_steps", decay_steps)
+    total = None if total_steps is None else _total("warmup_stable_decay", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    if stable_steps is not None:
+        stable = _count("stable_steps", stable_steps)
+        if total is not None and warmup + stable + decay != total:
+            warnings.warn(
+                f"warmup_steps={warmup}, stable_steps={stable} and decay_steps={decay} make "
+                f"{warmup + stable + decay} updates, not total_steps={total}: stable_steps is used",
+                stacklevel=2,
+            )
+    elif total is not None:
+        stable = total - warmup - decay
+        if stable < 0:
+            raise ValueError(
+                f"the stable phase would be negative: total_steps={total} is less than "
+                f"warmup_steps={warmup} plus decay_steps={decay}"
+            )
+    else:
+        raise ValueError("warmup_stable_decay needs total_steps or stable_steps")
+    floor = _ratio("min_lr_ratio", min_lr_ratio)
+    cycles = _positive("num_cycles", num_cycles)
+    rise = _RISE_SHAPES[_choice("warmup_type", warmup_type, _RISE_SHAPES)]
+    fall = _FALL_SHAPES[_choice("decay_type", decay_type, _FALL_SHAPES)]
+    phases = []
+    if warmup:
+        phases.append(Phase(0, warmup, 0, floor, 1.0, rise, 0.5 if rise == "cosine" else 0.0))
+    if stable:
+        phases.append(_hold(warmup, 1.0))
+    begin, end = warmup + stable, warmup + stable + decay
+    if decay:
+        phases.append(Phase(begin, end, begin, 1.0, floor, fall, cycles if fall == "cosine" else 0.0))
+    phases.append(_hold(end, floor))
+    label = _label(
+        "warmup_stable_decay",
+        warmup_steps=warmup,
+        decay_steps=decay,
+        stable_steps=stable,
+        warmup_type=None if warmup_type == "linear" else warmup_type,
+        decay_type=None if decay_type == "cosine" else decay_type,
+        min_lr_ratio=floor or None,
+        num_cycles=None if cycles == 0.5 else cycles,
+    )
+    return Schedule(tuple(phases), end, label=label)
+
+
+def table(fn: Callable[[int], float] | Iterable[float], total_steps: int | None = None) -> Schedule:
+    """Any schedule: `fn(k)` for `k = 0 ... total_steps-1`, computed once; the last value holds past the end.
+
+    Args:
+        fn: function from the step to a ratio of the peak, as `LambdaLR` takes; or the values themselves.
+        total_steps: updates in the run, required for a function; for values, how many of them to use.
+
+    Raises:
+        ValueError: a value is negative or not finite, or `total_steps` is missing or more than the values.
+
+    >>> table(lambda k: 0.9**k, total_steps=100).lr_at(2)
+    0.81
+    """
+    if callable(fn):
+        total = _total("table", total_steps)
+        values = [fn(k) for k in range(total)]
+    else:
+        values = list(fn)
+        total = len(values) if total_steps is None else _total("table", total_steps)
+        if not 0 < total <= len(values):
+            raise ValueError(f"total_steps={total_steps!r} needs that many values, got {len(values)}")
+        values = values[:total]
+    numbers = tuple(_non_negative(f"the value at step {k}", value) for k, value in enumerate(values))
+    # a phase spans at least one step, so a table of one value is a constant
+    if total == 1:
+        return Schedule((_hold(0, numbers[0]),), 1, label=f"table({list(numbers)!r})")
+    shown = repr(list(numbers)) if total <= 8 else f"<{total} values>"
+    return Schedule((Phase(0, total - 1, 0, 0.0, 1.0, "table"),), total, numbers, f"table({shown})")
+
+
+def total_steps(
+    examples: int, batch_size: int, accumulation: int = 1, epochs: float = 1, world_size: int = 1
+) -> int:
+    """Updates in a run, counted as the Hugging Face Trainer does: the last, smaller batches count.
+
+    Args:
+        examples: training examples.
+        batch_size: examples per device and micro-batch.
+        accumulation: micro-batches per update.
+        epochs: passes over the data, may be a fraction.
+        world_size: data-parallel processes.
+
+    Raises:
+        ValueError: an argument is not positive.
+
+    >>> total_steps(examples=10_000, batch_size=4, accumulation=8, epochs=3)
+    939
+    """
+    batches = -(-_count("examples", examples, 1) // _count("batch_size", batch_size, 1))
+    per_process = -(-batches // _count("world_size", world_size, 1))
+    per_epoch = -(-per_process // _count("accumulation", accumulation, 1))
+    return math.ceil(_positive("epochs", epochs) * per_epoch)
