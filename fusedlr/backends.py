@@ -1,0 +1,79 @@
+"""Who can run a step on given devices and dtypes, and why the others cannot."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fusedlr import reference
+
+
+class FallbackWarning(UserWarning):
+    """`backend="auto"` found nothing faster than the reference; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run `reference.step_`, with the same signature and the same meaning."""
+
+    name: str
+    step_: Callable[..., None] | None
+    # devices of the tensors -> why it cannot run there, or None if it can
+    why_not: Callable[[Iterable[torch.device]], str | None]
+
+
+def _not_built(kernel: str) -> Callable[[Iterable[torch.device]], str | None]:
+    return lambda devices: f"this version of fusedlr has no {kernel} yet"
+
+
+# fastest first: `auto` takes the first that can run
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", None, _not_built("CUDA kernel")),
+        Backend("triton", None, _not_built("Triton kernel")),
+        Backend("cpu", None, _not_built("C++ kernel")),
+        Backend("reference", reference.step_, lambda devices: None),
+    )
+}
+
+
+def check_name(name: str) -> str:
+    """`name` if it is a backend or `auto`, else ValueError."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={name!r} is unknown, expected one of auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def reasons(devices: Iterable[torch.device]) -> dict[str, str | None]:
+    """For every backend why it cannot run on `devices`, or None where it can."""
+    devices = tuple(devices)
+    return {name: backend.why_not(devices) for name, backend in BACKENDS.items()}
+
+
+def choose(name: str, devices: Iterable[torch.device]) -> Backend:
+    """The backend called `name`, or the fastest that can run for `auto`. `FUSEDLR_BACKEND` overrides `name`.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: a backend asked for by name cannot run; says why.
+    """
+    override = os.environ.get("FUSEDLR_BACKEND")
+    name = check_name(override or name)
+    why_not = reasons(devices)
+    if name == "auto":
+        return next(BACKENDS[candidate] for candidate, reason in why_not.items() if reason is None)
+    if why_not[name] is not None:
+        source = "FUSEDLR_BACKEND" if override else "backend"
+        raise RuntimeError(f"{source}={name!r} cannot run here: {why_not[name]}")
+    return BACKENDS[name]
+
+
+def warn_fallback(devices: Iterable[torch.device]) -> None:
+    """Say, once per process and reason, why `auto` ended at the reference."""
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons(devices).items() if reason)
+    warnings.warn(f"fusedlr runs its reference step in plain PyTorch ({why})", FallbackWarning, stacklevel=4)

@@ -1,0 +1,195 @@
+"""Loading an optimizer state dict, ours or torch AdamW's: checked in full before anything changes.
+
+Called by `FusedAdamW.load_state_dict`. Unlike torch's own loader it never narrows a moment to the parameter's
+dtype, copies into the tensors that are there, and carries the schedule over.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedlr.plan import parameter_name
+from fusedlr.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fusedlr.optimizer import FusedAdamW
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# what a group with a schedule carries beside AdamW's keys
+SCHEDULE_KEYS = ("schedule", "k", "k_at_step")
+
+
+def check(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+    """Map the file's parameter ids to this optimizer's parameters.
+
+    Raises:
+        ValueError: groups or states that do not fit; says which.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the loaded state dict has no {key!r}, only {sorted(map(str, state_dict))}")
+    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"the loaded state dict has {len(theirs)} parameter groups, this optimizer has {len(ours)}"
+        )
+    for i, (mine, saved) in enumerate(zip(ours, theirs, strict=True)):
+        if len(mine["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"group {i} of the loaded state dict has {len(saved['params'])} parameters, "
+                f"this optimizer's has {len(mine['params'])}"
+            )
+    ids = chain.from_iterable(group["params"] for group in theirs)
+    params = chain.from_iterable(group["params"] for group in ours)
+    by_id = dict(zip(ids, params, strict=True))
+    for i, (mine, saved) in enumerate(zip(ours, theirs, strict=True)):
+        for p, saved_id in zip(mine["params"], saved["params"], strict=True):
+            reason = _misfit(p, state_dict["state"].get(saved_id))
+            if reason:
+                raise ValueError(f"{parameter_name(mine, i, p)}: {reason}")
+    return by_id
+
+
+def _misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
+    if not entry:
+        return None
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
+    if missing:
+        return f"its loaded state has no {', '.join(missing)}, only {', '.join(map(str, entry))}"
+    for key in MOMENTS:
+        if key in entry and entry[key].shape != p.shape:
+            return f"its loaded {key} has shape {tuple(entry[key].shape)}, the parameter has {tuple(p.shape)}"
+    step = entry["step"]
+    if isinstance(step, Tensor) and step.numel() != 1:
+        return f"its loaded step has shape {tuple(step.shape)}, expected one element"
+    return None
+
+
+def load_state(optimizer: FusedAdamW, saved: dict[Any, Any], by_id: dict[Any, Tensor]) -> dict[Any, Any]:
+    """A new `state` mapping; tensors that fit are kept and filled, so that captured addresses stay valid."""
+    state: dict[Any, Any] = {}
+    for saved_id, entry in saved.items():
+        p = by_id.get(saved_id)
+        if p is None:
+            # torch keeps entries that belong to no parameter
+            state[saved_id] = copy.deepcopy(entry)
+            continue
+        old = optimizer.state.get(p, {})
+        state[p] = {key: _load_value(optimizer, p, key, value, old.get(key)) for key, value in entry.items()}
+    return state
+
+
+def _load_value(optimizer: FusedAdamW, p: Tensor, key: str, value: Any, old: Any) -> Any:
+    if key == "step":
+        new = torch.as_tensor(value, dtype=torch.float32).reshape(())
+        dtype = torch.float32
+    elif key in MOMENTS:
+        new = value
+        dtype = torch.promote_types(value.dtype, optimizer._plan.state_dtype(p))
+    else:
+        return copy.deepcopy(value)
+    fits = (
+        isinstance(old, Tensor) and old.shape == new.shape and old.dtype == dtype and old.device == p.device
+    )
+    target = old if fits else torch.empty_like(new, dtype=dtype, device=p.device)
+    # the caller may pass the very tensors that are in use
+    if target is not value:
+        with torch.no_grad():
+            target.copy_(new)
+    return target
+
+
+def load_groups(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with the file's hyperparameters, this optimizer's parameters and this optimizer's schedules."""
+    groups = []
+    for mine, theirs in zip(optimizer.param_groups, saved, strict=True):
+        group = {
+            key: copy.deepcopy(value)
+            for key, value in theirs.items()
+            if key not in ("params", *SCHEDULE_KEYS)
+        }
+        group["betas"] = tuple(group.get("betas", mine["betas"]))
+        group["params"] = mine["params"]
+        if "param_names" in mine:
+            group.setdefault("param_names", mine["param_names"])
+        if "schedule" in mine:
+            group["schedule"] = mine["schedule"]
+        if isinstance(mine.get("schedule"), Schedule):
+            group.setdefault("initial_lr", float(group["lr"]))
+        groups.append(group)
+    return groups
+
+
+def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any], by_id: dict[Any, Tensor]) -> list[int]:
+    """The step every group's schedule continues at: what was saved, plus the updates made elsewhere since."""
+    latest = _max_steps(optimizer, state_dict)
+    return [
+        group["k"] + t - group["k_at_step"] if "k" in group and "k_at_step" in group else max(latest)
+        for group, t in zip(state_dict["param_groups"], latest, strict=True)
+    ]
+
+
+def _max_steps(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[int]:
+    return max_steps(state_dict["param_groups"], state_dict["state"], joint=optimizer.groups == "joint")
+
+
+def max_steps(groups: list[dict[str, Any]], state: dict[Any, Any], *, joint: bool) -> list[int]:
+    """Per group the largest `step` of its tensors, of all tensors when `joint`; 0 without state."""
+    largest = []
+    for group in groups:
+        steps = [state[p]["step"] for p in group["params"] if state.get(p) and "step" in state[p]]
+        on_device = [step.reshape(()).float() for step in steps if isinstance(step, Tensor)]
+        numbers = [float(step) for step in steps if not isinstance(step, Tensor)]
+        # one stack per device, so that a group costs one wait and not one per tensor
+        for device in {step.device for step in on_device}:
+            numbers.append(torch.stack([step for step in on_device if step.device == device]).max().item())
+        largest.append(int(max(numbers, default=0)))
+    return [max(largest, default=0)] * len(groups) if joint else largest
+
+
+def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> None:
+    """Warn, in words, where the file's schedule or peak is not this optimizer's."""
+    lines = []
+    for i, (mine, theirs) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        schedule = mine.get("schedule")
+        written = theirs.get("schedule")
+        if written is not None and not isinstance(written, Schedule):
+            written = Schedule.from_numbers(written)
+        if schedule is None:
+            if written is not None:
+                lines.append(f"group {i}: the checkpoint was made with a schedule, this optimizer has none")
+            continue
+        if written is not None and written != schedule:
+            lines.append(f"group {i}: {_difference(written, schedule)}; this optimizer's schedule is used")
+        peak = theirs.get("initial_lr", theirs.get("lr"))
+        if float(peak) != float(mine["initial_lr"]):
+            lines.append(
+                f"group {i}: the peak is {float(peak):g} in the checkpoint and {mine['initial_lr']:g} here; the checkpoint's is used"
+            )
+    if lines:
+        warnings.warn("the loaded schedule is not the one asked for: " + "; ".join(lines), stacklevel=4)
+
+
+def _difference(written: Schedule, schedule: Schedule) -> str:
+    if written.total_steps != schedule.total_steps:
+        return f"the checkpoint's run has {written.total_steps} updates, this one {schedule.total_steps}"
+    k = next((k for k in _probe(written, schedule) if written.lr_at(k) != schedule.lr_at(k)), None)
+    if k is None:
+        return "the checkpoint's schedule is spelled differently"
+    return (
+        f"at k = {k} the checkpoint's schedule gives {written.lr_at(k):.4g} of the peak, "
+        f"this one {schedule.lr_at(k):.4g}"
+    )
+
+
+def _probe(*schedules: Schedule) -> list[int]:
+    edges = {edge for s in schedules for phase in s.phases for edge in (phase.begin, phase.end)}
+    ordered = sorted(edges)
+    middles = [(a + b) // 2 for a, b in zip(ordered, ordered[1:], strict=False)]
+    return sorted({*ordered, *middles, *(edge + 1 for edge in ordered)})

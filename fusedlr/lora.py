@@ -1,0 +1,98 @@
+"""Param groups for a PEFT model: LoRA+ rates, and weight decay where it belongs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+# PEFT's names: lora_A and lora_B of linear and convolution layers, lora_embedding_A and _B of embeddings
+_A_NAMES = ("lora_A", "lora_embedding_A")
+_B_NAMES = ("lora_B", "lora_embedding_B")
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+def param_groups(
+    model: nn.Module, *, lr: float, b_lr_ratio: float = 1.0, weight_decay: float = 0.01
+) -> list[dict[str, Any]]:
+    """Param groups of everything trainable in a PEFT model, for `FusedAdamW` or any torch optimizer.
+
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the B matrices learn at `b_lr_ratio * lr`, all else at `lr`.
+    Decay is applied to matrices only: not to tensors of fewer than two dimensions (biases, norms), not to embeddings, not to DoRA
+    magnitudes. Whole layers trained through `modules_to_save` are handled by the same rules at rate `lr`.
+
+    Args:
+        model: a model with trainable LoRA adapters; frozen parameters are left out.
+        lr: learning rate, >= 0; the peak when a schedule is used.
+        b_lr_ratio: rate of the B matrices over that of the others, > 0; LoRA+ suggests up to 16.
+        weight_decay: decoupled decay of the groups that have any, >= 0.
+
+    Returns:
+        Non-empty dicts with `params`, `lr`, `weight_decay` and a `name`: `lora_A`, `lora_B` or `other`, with
+        `_no_decay` behind it where decay is off.
+
+    Raises:
+        ValueError: an argument is out of range, nothing is trainable, or no trainable LoRA matrix was found.
+
+    >>> from collections import OrderedDict
+    >>> layer = nn.ModuleDict({"lora_A": nn.Linear(8, 2, bias=False), "lora_B": nn.Linear(2, 8, bias=False)})
+    >>> [(g["name"], g["lr"]) for g in param_groups(layer, lr=1e-4, b_lr_ratio=16)]
+    [('lora_A', 0.0001), ('lora_B', 0.0016)]
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r} must be a finite number >= 0")
+    if not (math.isfinite(b_lr_ratio) and b_lr_ratio > 0):
+        raise ValueError(f"b_lr_ratio={b_lr_ratio!r} must be a finite number above 0")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    looked_for = f"looked for trainable parameters named {', '.join((*_A_NAMES, *_B_NAMES))}"
+    if not trainable:
+        total = sum(1 for _ in model.parameters())
+        raise ValueError(f"all {total} parameters of {type(model).__name__} are frozen; {looked_for}")
+    groups: dict[str, dict[str, Any]] = {}
+    for name, p in trainable.items():
+        kind = _kind(name)
+        decays = _decays(model, name, p)
+        key = kind if decays else f"{kind}_no_decay"
+        group = groups.setdefault(
+            key,
+            {
+                "params": [],
+                "lr": lr * b_lr_ratio if kind == "lora_B" else lr,
+                "weight_decay": weight_decay if decays else 0.0,
+                "name": key,
+            },
+        )
+        group["params"].append(p)
+    if not any(name.startswith("lora_") for name in groups):
+        some = ", ".join(list(trainable)[:3])
+        raise ValueError(
+            f"{type(model).__name__} has {len(trainable)} trainable parameters ({some}, ...) but no LoRA matrix; {looked_for}"
+        )
+    return [groups[key] for key in sorted(groups)]
+
+
+def _kind(name: str) -> str:
+    parts = name.split(".")
+    # a layer saved whole is trained whole, whatever its parts are called
+    if "modules_to_save" in parts:
+        return "other"
+    if any(part in _A_NAMES for part in parts):
+        return "lora_A"
+    if any(part in _B_NAMES for part in parts):
+        return "lora_B"
+    return "other"
+
+
+def _decays(model: nn.Module, name: str, p: Tensor) -> bool:
+    parts = name.split(".")
+    owner = model.get_submodule(".".join(parts[:-1]))
+    embedding = isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or any(
+        "embedding" in part for part in parts
+    )
+    tokens = any("trainable_tokens" in part for part in parts)
+    return p.dim() >= 2 and not embedding and not tokens and _MAGNITUDE not in parts
+
+
+__all__ = ["param_groups"]

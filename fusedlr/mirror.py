@@ -1,0 +1,103 @@
+"""What the host knows of the device's counters, learned without ever waiting for the device."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlr.reference import Counters
+
+# dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
+_SKIPS_TO_WARN = 10
+
+
+@dataclass
+class _Copy:
+    """A copy of the counters on its way to the host."""
+
+    values: Tensor
+    arrived: torch.Event
+    advances: list[int]
+
+
+class Mirror:
+    """Host-side `k` of every group, and the metrics of the last copy that has arrived.
+
+    Between copies the host counts every step as made, so `k` runs ahead by the steps skipped since.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._advances: list[int] = []
+        self._in_flight: _Copy | None = None
+        self._warned = False
+        self.attach(counters)
+
+    def attach(self, counters: Counters) -> None:
+        """Follow these counters from now on, as they stand (waits for the device)."""
+        self._counters = counters
+        self.sync()
+
+    def advance(self, group: int) -> None:
+        """Count one step of a group, to be corrected by the next copy if the device skipped it."""
+        self.k[group] += 1
+        self._advances[group] += 1
+
+    def sync(self) -> None:
+        """Read the counters now (waits for the device)."""
+        values = _pack(self._counters).cpu()
+        self._advances = [0] * values.shape[1]
+        self._in_flight = None
+        self._take(values, self._advances)
+
+    def refresh(self) -> None:
+        """Take the last copy that has arrived and start the next one; never waits."""
+        device = self._counters.k.device
+        if device.type == "cpu":
+            self.sync()
+            return
+        if self._in_flight is not None:
+            if not self._in_flight.arrived.query():
+                return
+            self._take(self._in_flight.values, self._in_flight.advances)
+        packed = _pack(self._counters)
+        values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        values.copy_(packed, non_blocking=True)
+        arrived = torch.Event(device)
+        arrived.record()
+        self._in_flight = _Copy(values, arrived, list(self._advances))
+
+    def _take(self, values: Tensor, advances: list[int]) -> None:
+        k, skipped, in_row, lr, norm, coef = values.tolist()
+        # steps counted here after the copy was started are not in it
+        self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
+        self.metrics: dict[str, list[Any]] = {
+            "lr": lr,
+            "grad_norm": norm,
+            "coef": coef,
+            "skipped": [int(x) for x in skipped],
+            "step": [int(x) for x in k],
+        }
+        if not self._warned and max(in_row, default=0) >= _SKIPS_TO_WARN:
+            self._warned = True
+            warnings.warn(
+                f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
+                f"(last gradient norm {max(norm):g})",
+                stacklevel=2,
+            )
+
+
+def _pack(counters: Counters) -> Tensor:
+    """All counters as one matrix (6, groups) of floats, so that one copy takes them."""
+    rows = (
+        counters.k,
+        counters.skipped,
+        counters.skips_in_row,
+        counters.lr,
+        counters.grad_norm,
+        counters.coef,
+    )
+    return torch.stack([row.to(counters.lr.dtype) for row in rows])

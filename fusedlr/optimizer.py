@@ -1,0 +1,657 @@
+"""`FusedAdamW`: AdamW, learning rate schedule, clipping and AMP unscale-and-skip as one optimizer step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from itertools import chain
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from fusedlr import backends, checkpoint
+from fusedlr.groups import ParamGroup
+from fusedlr.mirror import Mirror
+from fusedlr.plan import Plan, trainable
+from fusedlr.reference import Counters, GroupStep, Signals
+from fusedlr.schedule import Schedule
+from fusedlr.scheduler import ScheduleView
+
+
+class FusedAdamW(Optimizer):
+    r"""AdamW with its learning rate schedule, gradient clipping and loss-scaling skip in one step.
+
+    Equivalent to, per step::
+
+        scaler.unscale_(optimizer)                                # if a GradScaler drives it
+        clip_grad_norm_(params, max_grad_norm)                    # p.grad itself stays as it was
+        if every gradient is finite:                              # decided on the device
+            torch.optim.AdamW.step()                              # with lr = peak * schedule(k)
+            scheduler.step()                                      # k += 1
+
+    Args:
+        params: parameters, named parameters or dicts of param groups, as torch takes them. A group may have its
+            own `lr` (peak), `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`, `schedule`, and with
+            `groups="independent"` its own `max_grad_norm`.
+        lr: peak learning rate, >= 0. Without a schedule it may be a tensor of one element, read on the device.
+        betas: decay rates of the moments, in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled decay, >= 0.
+        amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
+        schedule: a `fusedlr.Schedule`; None is a constant rate that outside schedulers may drive.
+        max_grad_norm: clip to this L2 norm of all (unscaled) gradients, > 0; None does not clip.
+        nonfinite: `"skip"` leaves everything as it was when a gradient is inf or nan; `"propagate"` is torch.
+            Default: skip when `max_grad_norm` is set.
+        groups: `"joint"`: one norm and one decision to skip for all groups, as torch. `"independent"`: each
+            group is an optimizer of its own, and its schedule advances only when it had a gradient.
+        amp_scaling: take part in `torch.amp.GradScaler`'s protocol for fused optimizers.
+        state_dtype: None keeps fp32 moments for bf16 and fp16 parameters; `"param"` keeps them in the
+            parameter's dtype, as torch.
+        backend: `"auto"` or a name from `fusedlr.backends`; a backend that cannot run raises and says why.
+        maximize: climb instead of descend.
+        foreach, capturable, fused: accepted for torch's signature; without effect.
+        differentiable: must be False.
+
+    Raises:
+        ValueError: an argument is out of range, or parameters are duplicate.
+        TypeError: `schedule` is not a `Schedule`.
+        RuntimeError: `backend` cannot run here.
+
+    >>> import fusedlr
+    >>> p = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = fusedlr.FusedAdamW([p], lr=0.1, schedule=fusedlr.linear(warmup_steps=2, total_steps=10))
+    >>> for _ in range(3):
+    ...     p.grad = torch.ones(3)
+    ...     optimizer.step()
+    >>> optimizer.scheduler.get_last_lr()
+    [0.1]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        schedule: Schedule | None = None,
+        max_grad_norm: float | None = None,
+        nonfinite: str | None = None,
+        groups: str = "joint",
+        amp_scaling: bool = True,
+        state_dtype: str | None = None,
+        backend: str = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the step writes in place")
+        if nonfinite not in (None, "skip", "propagate"):
+            raise ValueError(f"nonfinite={nonfinite!r} is unknown, expected 'skip' or 'propagate'")
+        if groups not in ("joint", "independent"):
+            raise ValueError(f"groups={groups!r} is unknown, expected 'joint' or 'independent'")
+        if state_dtype not in (None, "param"):
+            raise ValueError(f"state_dtype={state_dtype!r} is unknown, expected None or 'param'")
+        _check_schedule(schedule)
+        self._settings: dict[str, Any] = {
+            "schedule": schedule,
+            "max_grad_norm": _check_max_grad_norm(max_grad_norm),
+            "nonfinite": nonfinite,
+            "groups": groups,
+            "amp_scaling": bool(amp_scaling),
+            "state_dtype": state_dtype,
+            "backend": backends.check_name(backend),
+        }
+        # ids of the groups whose lr was assigned from outside since the last step
+        self._writes: set[int] = set()
+        defaults = {
+            "lr": lr,
+            "betas": _betas(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": False,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        _check_hyperparameters(defaults)
+        super().__init__(params, defaults)
+        self._start(k=[0] * len(self.param_groups))
+        self._backend(warn=False)
+
+    def _start(self, k: list[int], skipped: list[int] | None = None) -> None:
+        """Make everything that is not part of the state: plan, counters, what the host knows."""
+        if self._settings["amp_scaling"]:
+            self._step_supports_amp_scaling = True
+        self._plan = Plan(self._settings["state_dtype"])
+        self._view: weakref.ref[ScheduleView] | None = None
+        self._k_loaded: list[int] | None = None
+        self._warned_write = self._warned_fallback = False
+        self._counters = Counters.zeros(
+            len(k), next((p.device for p in self._trainable()), torch.device("cpu"))
+        )
+        self._mirror = Mirror(self._counters)
+        if skipped:
+            self._counters.skipped.copy_(torch.tensor(skipped))
+        self._place_k(k)
+        self._show(self._mirror.k)
+
+    # --- the step
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Unscale, clip, evaluate the schedule, update, count. Never copies anything to the host on a GPU.
+
+        Args:
+            closure: reevaluates the model and returns the loss; it runs before gradients are read.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient cannot be used; names the parameter. Nothing has been changed then.
+        """
+        # torch wraps `step` in a profiler range and two hook loops that cost as much as a small step
+        if torch.autograd._profiler_enabled():
+            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+                return self._hooked_step(closure)
+        return self._hooked_step(closure)
+
+    # tells torch.optim.Optimizer that the hooks are dispatched here
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _hooked_step(self, closure: Callable[[], Any] | None) -> Any:
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        before = torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks
+        for hook in chain.from_iterable(hooks.values() for hooks in before if hooks):
+            result = hook(self, args, kwargs)
+            if result is None:
+                continue
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
+            args, kwargs = result
+        loss = self._step(*args[1:], **kwargs)
+        self._optimizer_step_code()
+        after = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
+        for hook in chain.from_iterable(hooks.values() for hooks in after if hooks):
+            hook(self, args, kwargs)
+        return loss
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._adopt_groups()
+        signals = Signals(_one_element(self, "grad_scale"), _one_element(self, "found_inf"))
+        fresh = not self.state
+        rows = self._plan.gather(self.param_groups, self.state)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._check_capture(rows, fresh)
+        self._place_counters()
+        written = [id(group) in self._writes for group in self.param_groups]
+        steps = [
+            self._group_step(i, group, rows[i], written[i], fresh)
+            for i, group in enumerate(self.param_groups)
+        ]
+        self._backend().step_(  # type: ignore[misc]
+            steps,
+            self._counters,
+            signals,
+            joint=self.groups == "joint",
+            skip_nonfinite=self.nonfinite == "skip",
+        )
+        self._after_step(steps, written)
+        return loss
+
+    def _group_step(
+        self, index: int, group: dict[str, Any], rows: list[Any], written: bool, fresh: bool
+    ) -> GroupStep:
+        schedule = group.get("schedule")
+        driven = schedule is not None and not written
+        lr = schedule if driven else group["lr"]
+        # checkpoint tools make a step at lr 0 only to have the state allocated: it is not part of the run
+        allocation = schedule is not None and fresh and not isinstance(lr, (Schedule, Tensor)) and lr == 0
+        return GroupStep(
+            index=index,
+            rows=rows,
+            lr=lr,
+            peak=float(group["initial_lr"]) if driven else math.nan,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            max_grad_norm=group.get("max_grad_norm", self.max_grad_norm),
+            advance=not allocation,
+        )
+
+    def _after_step(self, steps: list[GroupStep], written: list[bool]) -> None:
+        """Show the rate just used in `group["lr"]` and count the step on the host."""
+        self._k_loaded = None
+        self._shown = list(self._mirror.k)
+        for step, group, from_outside in zip(steps, self.param_groups, written, strict=True):
+            if isinstance(step.lr, Schedule):
+                group.set_quietly("lr", step.lr.lr_at(self._mirror.k[step.index], step.peak))
+            elif from_outside and step.advance and group.get("schedule") is not None:
+                self._warn_write(step.index, group)
+            if step.advance and (self.groups == "joint" or step.rows):
+                self._mirror.advance(step.index)
+        self._writes.clear()
+        if self._counters.k.device.type == "cpu":
+            # on the CPU the counters are at hand: nothing to wait for
+            self._mirror.refresh()
+
+    def _warn_write(self, index: int, group: dict[str, Any]) -> None:
+        asked = group["schedule"].lr_at(self._mirror.k[index], group["initial_lr"])
+        if self._warned_write or float(group["lr"]) == asked:
+            return
+        self._warned_write = True
+        warnings.warn(
+            f"lr={float(group['lr']):g} was assigned to group {index} from outside and is used for this step, where "
+            f"the optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass schedule=None",
+            stacklevel=5,
+        )
+
+    def _check_capture(self, rows: list[list[Any]], fresh: bool) -> None:
+        if fresh or self._counters.k.device.type == "cpu":
+            raise RuntimeError(
+                "make one step outside the CUDA graph before capturing it: the state is allocated there"
+            )
+        missing = sum(p.grad is None for p in self._trainable())
+        if missing:
+            raise RuntimeError(
+                f"{missing} parameters have no gradient while a CUDA graph is being captured: a replay would never "
+                "update them. Call zero_grad(set_to_none=False) before the capture"
+            )
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients: to None, or to zero in place."""
+        grads = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if set_to_none:
+                    p.grad = None
+                    continue
+                if p.grad.grad_fn is not None:
+                    p.grad.detach_()
+                else:
+                    p.grad.requires_grad_(False)
+                if p.grad.layout == torch.strided:
+                    grads.append(p.grad)
+                else:
+                    p.grad.zero_()
+        if grads:
+            torch._foreach_zero_(grads)
+
+    # --- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its schedule starts at step 0. The dict passed is copied.
+
+        Raises:
+            ValueError: an option is out of range or parameters are duplicate. Nothing has been added then.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = dict(param_group)
+        # counts of another optimizer's run, if the dict came from one
+        group.pop("k", None), group.pop("k_at_step", None)
+        if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+            _check_duplicates(group["params"])
+        _check_hyperparameters({**self.defaults, **group})
+        if "betas" in group:
+            group["betas"] = _betas(group["betas"])
+        if "max_grad_norm" in group:
+            if self.groups == "joint":
+                raise ValueError(
+                    f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
+                    "joint groups share one norm"
+                )
+            _check_max_grad_norm(group["max_grad_norm"])
+        self._resolve_schedule(group)
+        super().add_param_group(group)
+        self.param_groups[-1] = ParamGroup(group, self._writes)
+        if "_mirror" in self.__dict__:
+            # not while torch's constructor adds the first groups
+            k = [*self._read_k(), 0]
+            self._grow_counters(len(k))
+            self._place_k(k)
+            self._show([*self._shown, 0])
+
+    def _resolve_schedule(self, group: dict[str, Any]) -> None:
+        """Give a new group its schedule, its peak and its first rate."""
+        schedule = group.get("schedule", self._settings["schedule"])
+        if isinstance(schedule, (list, tuple)):
+            schedule = Schedule.from_numbers(schedule)
+        _check_schedule(schedule)
+        if schedule is None:
+            return
+        lr = group.get("lr", self.defaults["lr"])
+        peak = group.get("initial_lr", lr)
+        for value in (lr, self.defaults["lr"], peak):
+            if isinstance(value, Tensor):
+                raise ValueError(f"lr={value!r} is a tensor, which a schedule cannot drive: pass a float")
+        # one factor for all groups, as transformers: absolute levels are relative to the optimizer's own lr
+        group["schedule"] = schedule.resolve(self.defaults["lr"])
+        group["initial_lr"] = float(peak)
+        group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
+        group["k"] = group["k_at_step"] = 0
+
+    def _adopt_groups(self) -> None:
+        """Wrap groups that were put into `param_groups` from outside, and count the steps of new ones."""
+        for i, group in enumerate(self.param_groups):
+            if isinstance(group, ParamGroup) and group.belongs_to(self._writes):
+                continue
+            self.param_groups[i] = wrapped = ParamGroup(group, self._writes)
+            if isinstance(wrapped.get("schedule"), (list, tuple)):
+                wrapped.set_quietly("schedule", Schedule.from_numbers(wrapped["schedule"]))
+            schedule = wrapped.get("schedule")
+            if schedule is not None and i < len(self._shown):
+                # a plain dict does not tell who wrote; a rate that is not ours did come from outside
+                ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self._shown[i], self._mirror.k[i])}
+                if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
+                    self._writes.add(id(wrapped))
+        missing = len(self.param_groups) - len(self._mirror.k)
+        if missing > 0:
+            k = self._read_k() + [0] * missing
+            self._grow_counters(len(k))
+            self._place_k(k)
+        for i, group in enumerate(self.param_groups):
+            # a schedule assigned to a running group is resolved as one given at the start
+            if group.get("schedule") is not None:
+                _check_schedule(group["schedule"])
+                group.set_quietly("schedule", group["schedule"].resolve(self.defaults["lr"]))
+                if "initial_lr" not in group:
+                    group.set_quietly("initial_lr", float(group["lr"]))
+
+    # --- what the host shows
+
+    @property
+    def scheduler(self) -> ScheduleView:
+        """A view of the schedule with the face of an `LRScheduler`, for trainers and loggers."""
+        view = self._view() if self._view is not None else None
+        if view is None:
+            view = ScheduleView(self)
+            # weak: the view holds the optimizer, and a cycle would keep its memory until the next collection
+            self._view = weakref.ref(view)
+        return view
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the last step used, as new tensors on the device; no copy to the host.
+
+        Returns:
+            `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef` and
+            `skipped` (steps) 0-dim, or of shape (groups,) when groups are independent.
+        """
+        c = self._counters
+        shared = {"grad_norm": c.grad_norm, "coef": c.coef, "skipped": c.skipped}
+        if self.groups == "joint":
+            shared = {name: value[0] for name, value in shared.items()}
+        return {name: value.clone() for name, value in {"lr": c.lr, **shared, "step": c.k}.items()}
+
+    def last_metrics(self) -> dict[str, Any]:
+        """`metrics` in plain numbers, as of the last copy that has reached the host; starts the next copy.
+
+        Never waits for the device, so on a GPU it is a few steps old; on the CPU it is current.
+        """
+        self._mirror.refresh()
+        values = self._mirror.metrics
+        if self.groups == "joint":
+            return {k: v if k in ("lr", "step") else v[0] for k, v in values.items()}
+        return {name: list(value) for name, value in values.items()}
+
+    def _show(self, k: list[int]) -> None:
+        """Put the rate of step `k` of every scheduled group into `group["lr"]`."""
+        self._shown = list(k)
+        for step, group in zip(k, self.param_groups, strict=False):
+            if group.get("schedule") is not None:
+                rate = group["schedule"].lr_at(step, group["initial_lr"])
+                group.set_quietly("lr", rate) if isinstance(group, ParamGroup) else group.update(lr=rate)
+                self._writes.discard(id(group))
+
+    def _show_next(self) -> None:
+        self._adopt_groups()
+        self._mirror.refresh()
+        self._show(self._mirror.k)
+
+    def _shown_step(self) -> int:
+        return self._shown[0]
+
+    # --- counters
+
+    def _trainable(self) -> Iterable[Tensor]:
+        return trainable(self.param_groups)
+
+    def _place_counters(self) -> None:
+        """Keep the counters on the device of the first trainable parameter."""
+        device = next((p.device for p in self._trainable()), self._counters.k.device)
+        if device != self._counters.k.device:
+            old, k = self._counters, self._read_k()
+            self._counters = Counters.zeros(len(k), device)
+            for name in ("skipped", "skips_in_row"):
+                getattr(self._counters, name).copy_(getattr(old, name))
+            self._place_k(k)
+
+    def _grow_counters(self, groups: int) -> None:
+        old, device = self._counters, self._counters.k.device
+        self._counters = Counters.zeros(groups, device)
+        for name in ("skipped", "skips_in_row", "lr", "grad_norm", "coef"):
+            getattr(self._counters, name)[: old.k.numel()] = getattr(old, name)
+
+    def _place_k(self, k: list[int]) -> None:
+        self._counters.k.copy_(torch.tensor(k))
+        self._mirror.attach(self._counters)
+
+    def _read_k(self) -> list[int]:
+        """Updates made per group, from the device (waits for it)."""
+        self._mirror.sync()
+        return list(self._mirror.k)
+
+    def _set_k(self, k: list[int]) -> None:
+        """Continue every group's schedule at these steps; a checkpoint loaded before the next step keeps them."""
+        self._k_loaded = list(k)
+        self._place_k(k)
+        self._show(k)
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state dict; groups with a schedule also carry it in plain numbers, with their step count.
+
+        Reads the counters from the device.
+        """
+        self._adopt_groups()
+        latest = checkpoint.max_steps(self.param_groups, self.state, joint=self.groups == "joint")
+        for group, k, t in zip(self.param_groups, self._read_k(), latest, strict=True):
+            if group.get("schedule") is not None:
+                group["k"], group["k_at_step"] = k, t
+        state_dict = super().state_dict()
+        for packed, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            if isinstance(packed.get("schedule"), Schedule):
+                packed["schedule"] = packed["schedule"].to_numbers()
+            # stock AdamW then keeps its step counts on the device
+            if any(p.device.type == "cuda" for p in group["params"]):
+                packed["fused"] = True
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of `torch.optim.AdamW`, in the middle of a run too.
+
+        Hyperparameters and the peak come from the file, schedules from this optimizer; a disagreement is
+        reported. Tensors are copied, never narrowed.
+
+        Raises:
+            ValueError: the file does not fit; says what. Nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        self._adopt_groups()
+        by_id = checkpoint.check(self, state_dict)
+        k = checkpoint.load_k(self, state_dict, by_id)
+        checkpoint.report_disagreement(self, state_dict["param_groups"])
+        groups = checkpoint.load_groups(self, state_dict["param_groups"])
+        state = checkpoint.load_state(self, state_dict["state"], by_id)
+        loaded = type(self.state)(dict)
+        loaded.update(state)
+        k_loaded = self._k_loaded
+        self.__setstate__({"state": loaded, "param_groups": groups})
+        self._place_k(k if k_loaded is None else k_loaded)
+        self._k_loaded = k_loaded
+        self._show(self._mirror.k)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickle and deepcopy; reads the counters from the device."""
+        return {
+            **super().__getstate__(),
+            "_settings": self._settings,
+            "_k": self._read_k(),
+            "_skipped": self._counters.skipped.tolist(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Adopt a state; called by pickle and, with groups and state alone, by loaders."""
+        state = dict(state)
+        k, skipped = state.pop("_k", None), state.pop("_skipped", None)
+        super().__setstate__(state)
+        self.__dict__.setdefault("_writes", set()).clear()
+        self.param_groups = [ParamGroup(group, self._writes) for group in self.param_groups]
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                if name != "lr" and name not in group:
+                    group[name] = default
+            if isinstance(group.get("schedule"), Schedule):
+                (
+                    group.set_quietly("k", group.get("k", 0)),
+                    group.set_quietly("k_at_step", group.get("k_at_step", 0)),
+                )
+        if k is not None:
+            self._start(k, skipped)
+
+    # --- settings
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Norm that gradients are clipped to; may be changed while training."""
+        return self._settings["max_grad_norm"]
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._settings["max_grad_norm"] = _check_max_grad_norm(value)
+
+    @property
+    def nonfinite(self) -> str:
+        """`"skip"` or `"propagate"`."""
+        default = "skip" if self.max_grad_norm is not None else "propagate"
+        return self._settings["nonfinite"] or default
+
+    @property
+    def groups(self) -> str:
+        """`"joint"` or `"independent"`."""
+        return self._settings["groups"]
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the step."""
+        return self._backend(warn=False).name
+
+    def _backend(self, warn: bool = True) -> backends.Backend:
+        devices = {p.device for p in self._trainable()}
+        backend = backends.choose(self._settings["backend"], devices)
+        fallback = backend.name == "reference" and self._settings["backend"] == "auto"
+        if warn and fallback and not self._warned_fallback:
+            self._warned_fallback = True
+            backends.warn_fallback(devices)
+        return backend
+
+    def __repr__(self) -> str:
+        """torch's listing of the groups, after one line on what is fused."""
+        fused = {"backend": self.backend, "max_grad_norm": self.max_grad_norm, "nonfinite": self.nonfinite}
+        line = ", ".join(f"{name}={value}" for name, value in {**fused, "groups": self.groups}.items())
+        return f"{super().__repr__()}\n({line})"
+
+
+# --- checks
+
+
+def _check_schedule(schedule: Any) -> None:
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule={schedule!r} is not a fusedlr.Schedule: build one with fusedlr.cosine(...), "
+            "fusedlr.from_hf(...) or fusedlr.from_torch(...)"
+        )
+
+
+def _check_max_grad_norm(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"max_grad_norm={value!r} must be a number above 0, or None for no clipping")
+    return float(value)
+
+
+def _betas(betas: Any) -> tuple[float, float]:
+    try:
+        b1, b2 = (float(b) for b in betas)
+    except (TypeError, ValueError):
+        raise ValueError(f"betas={betas!r} must be two numbers") from None
+    return b1, b2
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr has shape {tuple(lr.shape)}, a tensor lr must have one element")
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if not (isinstance(value, (Real, Tensor)) and value >= 0):
+            raise ValueError(f"{name}={value!r} must be a number >= 0")
+    for i, b in enumerate(_betas(group["betas"])):
+        if not 0 <= b < 1:
+            raise ValueError(f"betas[{i}]={b!r} must be in [0, 1)")
+
+
+def _check_duplicates(params: list[Any]) -> None:
+    seen: dict[int, int] = {}
+    for i, item in enumerate(params):
+        p = item[1] if isinstance(item, tuple) else item
+        if id(p) in seen:
+            name = f" ({item[0]!r})" if isinstance(item, tuple) else ""
+            raise ValueError(
+                f"params[{i}]{name} is the same tensor as params[{seen[id(p)]}]: it would be updated twice"
+            )
+        seen[id(p)] = i
+
+
+def _one_element(optimizer: Optimizer, name: str) -> Any:
+    """A scaler's attribute: None, a number, or a tensor of one element whatever its shape."""
+    value = getattr(optimizer, name, None)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
+    return value

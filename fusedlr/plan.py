@@ -1,0 +1,156 @@
+"""From an optimizer's groups and state to the rows of one step: gathers gradients, checks them, keeps counters.
+
+Everything is checked before anything is allocated or changed. What is kept between steps is one float32 tensor
+of update counts per device, of which every `state[p]["step"]` is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlr.reference import Row
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class Plan:
+    """Packs the tensors of an optimizer. One plan lives as long as its optimizer's groups do."""
+
+    def __init__(self, state_dtype: str | None) -> None:
+        self._state_dtype = state_dtype
+        # parameter -> its view into the counters of its device
+        self._steps: dict[Tensor, Tensor] = {}
+
+    def gather(self, groups: list[dict[str, Any]], state: State) -> list[list[Row]]:
+        """For every group the rows of its trainable parameters that have a gradient.
+
+        State of parameters that get their first gradient is made here; entries that were replaced from
+        outside are adopted.
+
+        Raises:
+            RuntimeError: a gradient or a state entry does not fit its parameter. Nothing has been changed then.
+        """
+        found = [[p for p in group["params"] if p.requires_grad and p.grad is not None] for group in groups]
+        for i, (group, params) in enumerate(zip(groups, found, strict=True)):
+            for p in params:
+                reason = _misfit(p, p.grad) or _state_misfit(p, state.get(p))
+                if reason:
+                    raise RuntimeError(f"{parameter_name(group, i, p)}: {reason}")
+        for group, params in zip(groups, found, strict=True):
+            for p in params:
+                self._ensure_state(p, state[p], group["amsgrad"])
+        self._place_counters(groups, state, found)
+        return [
+            [_row(p, state[p], group["amsgrad"]) for p in params]
+            for group, params in zip(groups, found, strict=True)
+        ]
+
+    def state_dtype(self, p: Tensor) -> torch.dtype:
+        """Dtype of the moments of `p`: fp32 for 16-bit parameters, unless they follow the parameter."""
+        if self._state_dtype == "param" or p.dtype == torch.float64:
+            return p.dtype
+        return torch.float32
+
+    def step_view(self, p: Tensor) -> Tensor | None:
+        """The counter of `p`, if it has been placed."""
+        return self._steps.get(p)
+
+    def _ensure_state(self, p: Tensor, entry: dict[str, Any], amsgrad: bool) -> None:
+        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        for key in keys:
+            if key not in entry:
+                entry[key] = torch.zeros_like(
+                    p, dtype=self.state_dtype(p), memory_format=torch.preserve_format
+                )
+
+    def _place_counters(self, groups: list[dict[str, Any]], state: State, found: list[list[Tensor]]) -> None:
+        """Let every `state[p]["step"]` be a view into one tensor per device."""
+        params = [p for some in found for p in some]
+        if any(p not in self._steps or self._steps[p].device != p.device for p in params):
+            self._steps = _views(list(trainable(groups)))
+            # every view is new now, also of parameters without a gradient in this step
+            params = [p for p in self._steps if state.get(p)]
+        for p in params:
+            view, entry = self._steps[p], state[p]
+            current = entry.get("step")
+            if current is view:
+                continue
+            if current is None:
+                view.zero_()
+            else:
+                _copy_step(view, current)
+            entry["step"] = view
+
+
+def _views(params: list[Tensor]) -> dict[Tensor, Tensor]:
+    devices = {p.device for p in params}
+    views = {}
+    for device in devices:
+        here = [p for p in params if p.device == device]
+        counters = torch.zeros(len(here), dtype=torch.float32, device=device)
+        views.update(zip(here, counters.unbind(), strict=True))
+    return views
+
+
+def _copy_step(view: Tensor, value: Any) -> None:
+    if isinstance(value, Tensor):
+        view.copy_(value.reshape(()), non_blocking=True)
+    else:
+        view.fill_(float(value))
+
+
+def _row(p: Tensor, entry: dict[str, Any], amsgrad: bool) -> Row:
+    largest = entry["max_exp_avg_sq"] if amsgrad else None
+    return Row(p, p.grad, entry["exp_avg"], entry["exp_avg_sq"], largest, entry["step"])  # type: ignore[arg-type]
+
+
+def _misfit(p: Tensor, grad: Tensor | None) -> str | None:
+    """Why this gradient cannot update this parameter."""
+    assert grad is not None
+    for x, what in ((p, "a parameter"), (grad, "a gradient")):
+        if type(x).__name__ == "DTensor":
+            return f"{what} that is a DTensor is not supported: the gradient norm over shards is not defined here"
+        if x.is_complex():
+            return f"{what} that is complex is not supported"
+    if grad.layout != torch.strided:
+        return f"a gradient of layout {grad.layout} is not supported: gradients must be dense"
+    if grad.dtype != p.dtype:
+        return f"its gradient is {grad.dtype} but the parameter is {p.dtype}"
+    if grad.device != p.device:
+        return f"its gradient is on {grad.device} but the parameter is on {p.device}"
+    if grad.shape != p.shape:
+        return f"its gradient has shape {tuple(grad.shape)} but the parameter has {tuple(p.shape)}"
+    if not p.is_floating_point():
+        return f"a parameter of dtype {p.dtype} cannot be optimized"
+    return None
+
+
+def _state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
+    """Why this state does not belong to this parameter."""
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        value = entry.get(key) if entry else None
+        if value is None:
+            continue
+        if value.shape != p.shape:
+            return f"its {key} has shape {tuple(value.shape)} but the parameter has {tuple(p.shape)}"
+        if value.device != p.device:
+            return f"its {key} is on {value.device} but the parameter is on {p.device}"
+    return None
+
+
+def parameter_name(group: dict[str, Any], group_index: int, p: Tensor) -> str:
+    """How an error calls a parameter: by its name if it has one, else by its place."""
+    position = next(i for i, other in enumerate(group["params"]) if other is p)
+    names = group.get("param_names")
+    if names and position < len(names):
+        return f"parameter {names[position]!r}"
+    return f"parameter {position} of group {group_index}, shape {tuple(p.shape)}"
+
+
+def trainable(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """Every parameter that can get a gradient."""
+    return (p for group in groups for p in group["params"] if p.requires_grad)

@@ -1,0 +1,95 @@
+"""`optimizer.scheduler`: the face of an `LRScheduler` on a schedule that the optimizer itself drives."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from fusedlr.optimizer import FusedAdamW
+
+
+class ScheduleView(LRScheduler):
+    """What trainers, loggers and checkpoints expect of a scheduler; it counts nothing of its own.
+
+    `step()` only shows the rate of the coming update in `group["lr"]`, so it may be called once, never, or
+    once per process, before or after `optimizer.step()`. All state is the optimizer's.
+    """
+
+    def __init__(self, optimizer: FusedAdamW) -> None:
+        # not LRScheduler.__init__: it would wrap optimizer.step and write group["lr"]
+        self.optimizer: FusedAdamW = optimizer
+
+    @property
+    def base_lrs(self) -> list[float]:  # type: ignore[override]
+        """The peak of every group."""
+        return [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """The step whose rate `get_last_lr` gives, counted from 0."""
+        return self.optimizer._shown_step()
+
+    @property
+    def _step_count(self) -> int:
+        return self.last_epoch + 1
+
+    @_step_count.setter
+    def _step_count(self, value: int) -> None:
+        """accelerate counts micro-batches here; the optimizer counts updates."""
+
+    @property
+    def _last_lr(self) -> list[float]:  # type: ignore[override]
+        return self.get_last_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Show the rate of the coming update in `group["lr"]`. `epoch` is accepted and has no effect."""
+        self.optimizer._show_next()
+
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
+        """Per group, the rate of the update just made, or of the coming one after `step()`; plain floats."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """As `get_last_lr`."""
+        return self.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The keys of `LambdaLR`'s state in plain numbers, and `k`: updates made, per group."""
+        return {
+            "base_lrs": self.base_lrs,
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "_is_initial": False,
+            "_get_lr_called_within_step": False,
+            "_last_lr": self.get_last_lr(),
+            "lr_lambdas": [None] * len(self.optimizer.param_groups),
+            "k": self.optimizer._read_k(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from this view's state or from `LambdaLR`'s: its `last_epoch` becomes the next step.
+
+        It overrides what the optimizer's own checkpoint says, whichever is loaded first.
+
+        Raises:
+            ValueError: there is no usable `last_epoch` in it.
+        """
+        groups = len(self.optimizer.param_groups)
+        k = state_dict.get("k")
+        if not (isinstance(k, list) and len(k) == groups):
+            k = [state_dict.get("last_epoch")] * groups
+        try:
+            steps = [operator.index(step) for step in k]
+        except TypeError:
+            raise ValueError(
+                f"last_epoch={state_dict.get('last_epoch')!r} in the scheduler's state is not an integer"
+            ) from None
+        if min(steps) < 0:
+            raise ValueError(f"last_epoch={min(steps)} in the scheduler's state is negative")
+        self.optimizer._set_k(steps)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return ScheduleView, (self.optimizer,)
