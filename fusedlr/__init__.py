@@ -53,7 +53,7 @@ _PUBLIC = {
     "warmup_stable_decay": "schedule",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

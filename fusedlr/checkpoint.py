@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,10 +167,11 @@ def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> N
             continue
         if written is not None and written != schedule:
             lines.append(f"group {i}: {_difference(written, schedule)}; this optimizer's schedule is used")
-        peak = theirs.get("initial_lr", theirs.get("lr"))
-        if float(peak) != float(mine["initial_lr"]):
+        peak = float(theirs.get("initial_lr", theirs["lr"]))
+        if peak != mine["initial_lr"]:
             lines.append(
-                f"group {i}: the peak is {float(peak):g} in the checkpoint and {mine['initial_lr']:g} here; the checkpoint's is used"
+                f"group {i}: the peak is {peak:g} in the checkpoint and {mine['initial_lr']:g} here; "
+                "the checkpoint's is used"
             )
     if lines:
         warnings.warn("the loaded schedule is not the one asked for: " + "; ".join(lines), stacklevel=4)
@@ -191,5 +192,5 @@ def _difference(written: Schedule, schedule: Schedule) -> str:
 def _probe(*schedules: Schedule) -> list[int]:
     edges = {edge for s in schedules for phase in s.phases for edge in (phase.begin, phase.end)}
     ordered = sorted(edges)
-    middles = [(a + b) // 2 for a, b in zip(ordered, ordered[1:], strict=False)]
+    middles = [(a + b) // 2 for a, b in pairwise(ordered)]
     return sorted({*ordered, *middles, *(edge + 1 for edge in ordered)})

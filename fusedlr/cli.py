@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo_parser = commands.add_parser(
         "demo",
         help="fine-tune a small model with LoRA and compare with stock AdamW and scheduler",
-        description="Train a small base model, fine-tune it with LoRA through the Hugging Face Trainer, once with "
-        "fusedlr and once with stock AdamW, scheduler and clipping, and compare.",
+        description="Train a small base model, fine-tune it with LoRA through the Hugging Face Trainer, "
+        "once with fusedlr and once with stock AdamW, scheduler and clipping, and compare.",
     )
     demo.add_arguments(demo_parser)
     commands.add_parser("info", help="versions, devices, and which backend would run; for bug reports")

@@ -1,4 +1,4 @@
-"""Schedules from the names and objects other libraries use: transformers' `get_scheduler`, torch's `LRScheduler`."""
+"""Schedules from what other libraries use: the names of transformers, the schedulers of torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fusedlr import schedule as s
+from fusedlr.scheduler import ScheduleView
 
 # transformers' name -> (constructor, {its keyword: ours})
 _HF = {
@@ -107,25 +110,11 @@ def from_hf(
     return schedule if lr is None else schedule.resolve(lr)
 
 
-def _nested(scheduler: LRScheduler) -> Iterator[LRScheduler]:
-    yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _nested(inner)
-
-
-def _stand_in(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """An optimizer with the same groups and rates over one dummy number each, for a scheduler to drive."""
-    groups = []
-    for group in optimizer.param_groups:
-        rates = {k: float(group[k]) for k in ("lr", "initial_lr") if k in group}
-        groups.append({"params": [torch.nn.Parameter(torch.zeros(()))], **rates})
-    return torch.optim.SGD(groups, lr=0.0)
-
-
 def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
     """Tabulate a fresh torch `LRScheduler` over `total_steps` updates. The scheduler itself is not stepped.
 
-    The table holds ratios of each group's `initial_lr`: give `FusedAdamW` the same groups and rates.
+    The table holds ratios of the peak, each group's `initial_lr`: give `FusedAdamW` the same groups and rates.
+    `OneCycleLR` and `CyclicLR` bring rates of their own, and their peak is `max_lr`: give `FusedAdamW` that `lr`.
 
     Args:
         scheduler: any `LRScheduler` that depends on the step alone.
@@ -133,8 +122,8 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
 
     Raises:
         TypeError: not a torch `LRScheduler`.
-        ValueError: it follows a metric or also cycles momentum, has been stepped, or gives groups different
-            ratios (build one schedule per group then).
+        ValueError: it follows a metric or also cycles momentum, has been stepped, every peak is 0, or it gives
+            groups different ratios (build one schedule per group then).
 
     >>> optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.1)
     >>> from_torch(torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5), total_steps=3)
@@ -144,35 +133,79 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
         raise TypeError(f"scheduler={scheduler!r} is not a torch LRScheduler")
     total = s._total("from_torch", total_steps)
     for inner in _nested(scheduler):
-        if isinstance(inner, ReduceLROnPlateau):
-            raise ValueError(
-                f"scheduler={type(inner).__name__} follows a metric, not the step: it has no table"
-            )
-        if getattr(inner, "cycle_momentum", False):
-            raise ValueError(
-                f"scheduler={type(inner).__name__} also cycles momentum, which a learning rate schedule "
-                "cannot: pass cycle_momentum=False"
-            )
-    if scheduler.last_epoch != 0:
-        raise ValueError(f"scheduler has been stepped (last_epoch={scheduler.last_epoch}): pass a fresh one")
-    optimizer = scheduler.optimizer
-    stand_in = _stand_in(optimizer)
-    # every reference to the user's optimizer becomes the stand-in; nothing of the model is copied
-    driver = copy.deepcopy(scheduler, {id(optimizer): stand_in})
-    peaks = [group["initial_lr"] for group in stand_in.param_groups]
+        _refuse(inner)
+    driver = _copy(scheduler)
+    groups = driver.optimizer.param_groups
+    peaks = _peaks(driver)
+    # a group at rate 0 stays there, whatever the schedule
+    live = [i for i, peak in enumerate(peaks) if peak > 0]
+    if not live:
+        raise ValueError(f"the scheduler's rates are all 0, the peak of every group is {peaks}")
     values: list[float] = []
     with warnings.catch_warnings():
         # the stand-in is never stepped, which torch would remark on
         warnings.simplefilter("ignore")
         for k in range(total):
-            ratios = [
-                float(group["lr"]) / peak if peak else 0.0
-                for group, peak in zip(stand_in.param_groups, peaks, strict=True)
-            ]
+            ratios = [float(groups[i]["lr"]) / peaks[i] for i in live]
             if max(ratios) - min(ratios) > 1e-12 * max(ratios):
                 raise ValueError(
-                    f"scheduler gives groups different ratios of their peak at step {k}: {ratios}"
+                    f"scheduler gives groups different ratios of their peak at step {k}: {ratios}; "
+                    "build one schedule per group"
                 )
             values.append(ratios[0])
-            driver.step()
+            if k + 1 < total:
+                driver.step()
     return s.table(values)
+
+
+def _nested(scheduler: LRScheduler) -> Iterator[LRScheduler]:
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _nested(inner)
+
+
+def _refuse(scheduler: LRScheduler) -> None:
+    """Raise for what has no table."""
+    name = type(scheduler).__name__
+    if isinstance(scheduler, ScheduleView):
+        raise ValueError(f"scheduler={name} shows a fusedlr schedule: take it from group['schedule']")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(f"scheduler={name} follows a metric, not the step: it has no table")
+    if getattr(scheduler, "cycle_momentum", False):
+        raise ValueError(
+            f"scheduler={name} also cycles momentum, which a learning rate schedule cannot: "
+            "pass cycle_momentum=False"
+        )
+    # ChainedScheduler keeps no count of its own
+    if getattr(scheduler, "last_epoch", 0) > 0:
+        raise ValueError(
+            f"scheduler={name} has been stepped (last_epoch={scheduler.last_epoch}): pass a fresh one"
+        )
+
+
+def _copy(scheduler: LRScheduler) -> LRScheduler:
+    """A copy that drives a stand-in for the optimizer, over one dummy number per group."""
+    optimizer = scheduler.optimizer
+    groups = []
+    for group in optimizer.param_groups:
+        # OneCycleLR keeps its rates in the group
+        rates = {key: float(value) for key, value in group.items() if key.endswith("lr")}
+        groups.append({"params": [torch.nn.Parameter(torch.zeros(()))], **rates})
+    memo: dict[int, Any] = {id(optimizer): torch.optim.SGD(groups, lr=0.0)}
+    # nothing of the model is copied: neither parameters nor the owner of a method used as lr_lambda
+    shared = [p for group in optimizer.param_groups for p in group["params"]]
+    for inner in _nested(scheduler):
+        shared += [f for f in getattr(inner, "lr_lambdas", ()) if isinstance(f, (MethodType, partial))]
+    memo.update((id(x), x) for x in shared)
+    return copy.deepcopy(scheduler, memo)
+
+
+def _peaks(scheduler: LRScheduler) -> list[float]:
+    """The peak of every group."""
+    groups = scheduler.optimizer.param_groups
+    for inner in _nested(scheduler):
+        if isinstance(inner, CyclicLR):
+            return [float(lr) for lr in inner.max_lrs]
+        if isinstance(inner, OneCycleLR):
+            return [group["max_lr"] for group in groups]
+    return [group["initial_lr"] for group in groups]

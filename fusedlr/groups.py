@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class ParamGroup(dict):  # type: ignore[type-arg]
+class ParamGroup(dict[str, Any]):
     """A param group that notes an assignment to `lr` from outside in its optimizer's set `writes`.
 
     The assignment is what counts, not a changed value: a scheduler may write the same number again. Copies
@@ -22,10 +22,6 @@ class ParamGroup(dict):  # type: ignore[type-arg]
         """Whether it reports to this set."""
         return self._writes is writes
 
-    def set_quietly(self, key: str, value: Any) -> None:
-        """Set a value as the optimizer itself: not a write from outside."""
-        super().__setitem__(key, value)
-
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         if key == "lr":
@@ -40,9 +36,14 @@ class ParamGroup(dict):  # type: ignore[type-arg]
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
-    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[misc]
         self.update(other)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(self),)
+
+
+def set_quietly(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value as the optimizer itself does: not a write from outside."""
+    dict.__setitem__(group, key, value)

@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from fusedlr import backends, checkpoint
-from fusedlr.groups import ParamGroup
+from fusedlr import backends, checkpoint, checks
+from fusedlr.groups import ParamGroup, set_quietly
 from fusedlr.mirror import Mirror
 from fusedlr.plan import Plan, trainable
 from fusedlr.reference import Counters, GroupStep, Signals
@@ -36,8 +35,8 @@ class FusedAdamW(Optimizer):
             scheduler.step()                                      # k += 1
 
     Args:
-        params: parameters, named parameters or dicts of param groups, as torch takes them. A group may have its
-            own `lr` (peak), `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`, `schedule`, and with
+        params: parameters, named parameters or dicts of param groups, as torch takes them. A group may have
+            its own `lr` (peak), `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`, `schedule`, and with
             `groups="independent"` its own `max_grad_norm`.
         lr: peak learning rate, >= 0. Without a schedule it may be a tensor of one element, read on the device.
         betas: decay rates of the moments, in [0, 1).
@@ -97,16 +96,13 @@ class FusedAdamW(Optimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not supported: the step writes in place")
-        if nonfinite not in (None, "skip", "propagate"):
-            raise ValueError(f"nonfinite={nonfinite!r} is unknown, expected 'skip' or 'propagate'")
-        if groups not in ("joint", "independent"):
-            raise ValueError(f"groups={groups!r} is unknown, expected 'joint' or 'independent'")
-        if state_dtype not in (None, "param"):
-            raise ValueError(f"state_dtype={state_dtype!r} is unknown, expected None or 'param'")
-        _check_schedule(schedule)
+        checks.choice("nonfinite", nonfinite, (None, "skip", "propagate"))
+        checks.choice("groups", groups, ("joint", "independent"))
+        checks.choice("state_dtype", state_dtype, (None, "param"))
+        checks.schedule(schedule)
         self._settings: dict[str, Any] = {
             "schedule": schedule,
-            "max_grad_norm": _check_max_grad_norm(max_grad_norm),
+            "max_grad_norm": checks.max_grad_norm(max_grad_norm),
             "nonfinite": nonfinite,
             "groups": groups,
             "amp_scaling": bool(amp_scaling),
@@ -117,7 +113,7 @@ class FusedAdamW(Optimizer):
         self._writes: set[int] = set()
         defaults = {
             "lr": lr,
-            "betas": _betas(betas),
+            "betas": checks.betas(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -128,7 +124,7 @@ class FusedAdamW(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        _check_hyperparameters(defaults)
+        checks.hyperparameters(defaults)
         super().__init__(params, defaults)
         self._start(k=[0] * len(self.param_groups))
         self._backend(warn=False)
@@ -199,7 +195,7 @@ class FusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._adopt_groups()
-        signals = Signals(_one_element(self, "grad_scale"), _one_element(self, "found_inf"))
+        signals = Signals(checks.one_element(self, "grad_scale"), checks.one_element(self, "found_inf"))
         fresh = not self.state
         rows = self._plan.gather(self.param_groups, self.state)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -225,7 +221,7 @@ class FusedAdamW(Optimizer):
     ) -> GroupStep:
         schedule = group.get("schedule")
         driven = schedule is not None and not written
-        lr = schedule if driven else group["lr"]
+        lr: Schedule | float | Tensor = schedule if driven else group["lr"]  # type: ignore[assignment]
         # checkpoint tools make a step at lr 0 only to have the state allocated: it is not part of the run
         allocation = schedule is not None and fresh and not isinstance(lr, (Schedule, Tensor)) and lr == 0
         return GroupStep(
@@ -248,7 +244,7 @@ class FusedAdamW(Optimizer):
         self._shown = list(self._mirror.k)
         for step, group, from_outside in zip(steps, self.param_groups, written, strict=True):
             if isinstance(step.lr, Schedule):
-                group.set_quietly("lr", step.lr.lr_at(self._mirror.k[step.index], step.peak))
+                set_quietly(group, "lr", step.lr.lr_at(self._mirror.k[step.index], step.peak))
             elif from_outside and step.advance and group.get("schedule") is not None:
                 self._warn_write(step.index, group)
             if step.advance and (self.groups == "joint" or step.rows):
@@ -318,17 +314,17 @@ class FusedAdamW(Optimizer):
         group.pop("k", None), group.pop("k_at_step", None)
         if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
-            _check_duplicates(group["params"])
-        _check_hyperparameters({**self.defaults, **group})
+            checks.duplicates(group["params"])
+        checks.hyperparameters({**self.defaults, **group})
         if "betas" in group:
-            group["betas"] = _betas(group["betas"])
+            group["betas"] = checks.betas(group["betas"])
         if "max_grad_norm" in group:
             if self.groups == "joint":
                 raise ValueError(
                     f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
                     "joint groups share one norm"
                 )
-            _check_max_grad_norm(group["max_grad_norm"])
+            checks.max_grad_norm(group["max_grad_norm"])
         self._resolve_schedule(group)
         super().add_param_group(group)
         self.param_groups[-1] = ParamGroup(group, self._writes)
@@ -344,7 +340,7 @@ class FusedAdamW(Optimizer):
         schedule = group.get("schedule", self._settings["schedule"])
         if isinstance(schedule, (list, tuple)):
             schedule = Schedule.from_numbers(schedule)
-        _check_schedule(schedule)
+        checks.schedule(schedule)
         if schedule is None:
             return
         lr = group.get("lr", self.defaults["lr"])
@@ -365,7 +361,7 @@ class FusedAdamW(Optimizer):
                 continue
             self.param_groups[i] = wrapped = ParamGroup(group, self._writes)
             if isinstance(wrapped.get("schedule"), (list, tuple)):
-                wrapped.set_quietly("schedule", Schedule.from_numbers(wrapped["schedule"]))
+                set_quietly(wrapped, "schedule", Schedule.from_numbers(wrapped["schedule"]))
             schedule = wrapped.get("schedule")
             if schedule is not None and i < len(self._shown):
                 # a plain dict does not tell who wrote; a rate that is not ours did come from outside
@@ -380,10 +376,10 @@ class FusedAdamW(Optimizer):
         for i, group in enumerate(self.param_groups):
             # a schedule assigned to a running group is resolved as one given at the start
             if group.get("schedule") is not None:
-                _check_schedule(group["schedule"])
-                group.set_quietly("schedule", group["schedule"].resolve(self.defaults["lr"]))
+                checks.schedule(group["schedule"])
+                set_quietly(group, "schedule", group["schedule"].resolve(self.defaults["lr"]))
                 if "initial_lr" not in group:
-                    group.set_quietly("initial_lr", float(group["lr"]))
+                    set_quietly(group, "initial_lr", float(group["lr"]))
 
     # --- what the host shows
 
@@ -427,7 +423,7 @@ class FusedAdamW(Optimizer):
         for step, group in zip(k, self.param_groups, strict=False):
             if group.get("schedule") is not None:
                 rate = group["schedule"].lr_at(step, group["initial_lr"])
-                group.set_quietly("lr", rate) if isinstance(group, ParamGroup) else group.update(lr=rate)
+                set_quietly(group, "lr", rate)
                 self._writes.discard(id(group))
 
     def _show_next(self) -> None:
@@ -547,10 +543,8 @@ class FusedAdamW(Optimizer):
                 if name != "lr" and name not in group:
                     group[name] = default
             if isinstance(group.get("schedule"), Schedule):
-                (
-                    group.set_quietly("k", group.get("k", 0)),
-                    group.set_quietly("k_at_step", group.get("k_at_step", 0)),
-                )
+                set_quietly(group, "k", group.get("k", 0))
+                set_quietly(group, "k_at_step", group.get("k_at_step", 0))
         if k is not None:
             self._start(k, skipped)
 
@@ -563,7 +557,7 @@ class FusedAdamW(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._settings["max_grad_norm"] = _check_max_grad_norm(value)
+        self._settings["max_grad_norm"] = checks.max_grad_norm(value)
 
     @property
     def nonfinite(self) -> str:
@@ -595,63 +589,3 @@ class FusedAdamW(Optimizer):
         fused = {"backend": self.backend, "max_grad_norm": self.max_grad_norm, "nonfinite": self.nonfinite}
         line = ", ".join(f"{name}={value}" for name, value in {**fused, "groups": self.groups}.items())
         return f"{super().__repr__()}\n({line})"
-
-
-# --- checks
-
-
-def _check_schedule(schedule: Any) -> None:
-    if schedule is not None and not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule={schedule!r} is not a fusedlr.Schedule: build one with fusedlr.cosine(...), "
-            "fusedlr.from_hf(...) or fusedlr.from_torch(...)"
-        )
-
-
-def _check_max_grad_norm(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"max_grad_norm={value!r} must be a number above 0, or None for no clipping")
-    return float(value)
-
-
-def _betas(betas: Any) -> tuple[float, float]:
-    try:
-        b1, b2 = (float(b) for b in betas)
-    except (TypeError, ValueError):
-        raise ValueError(f"betas={betas!r} must be two numbers") from None
-    return b1, b2
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr has shape {tuple(lr.shape)}, a tensor lr must have one element")
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if not (isinstance(value, (Real, Tensor)) and value >= 0):
-            raise ValueError(f"{name}={value!r} must be a number >= 0")
-    for i, b in enumerate(_betas(group["betas"])):
-        if not 0 <= b < 1:
-            raise ValueError(f"betas[{i}]={b!r} must be in [0, 1)")
-
-
-def _check_duplicates(params: list[Any]) -> None:
-    seen: dict[int, int] = {}
-    for i, item in enumerate(params):
-        p = item[1] if isinstance(item, tuple) else item
-        if id(p) in seen:
-            name = f" ({item[0]!r})" if isinstance(item, tuple) else ""
-            raise ValueError(
-                f"params[{i}]{name} is the same tensor as params[{seen[id(p)]}]: it would be updated twice"
-            )
-        seen[id(p)] = i
-
-
-def _one_element(optimizer: Optimizer, name: str) -> Any:
-    """A scaler's attribute: None, a number, or a tensor of one element whatever its shape."""
-    value = getattr(optimizer, name, None)
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
-    return value

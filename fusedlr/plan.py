@@ -88,7 +88,7 @@ class Plan:
 
 def _views(params: list[Tensor]) -> dict[Tensor, Tensor]:
     devices = {p.device for p in params}
-    views = {}
+    views: dict[Tensor, Tensor] = {}
     for device in devices:
         here = [p for p in params if p.device == device]
         counters = torch.zeros(len(here), dtype=torch.float32, device=device)

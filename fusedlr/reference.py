@@ -112,8 +112,15 @@ class Counters:
             return torch.full((groups,), value, dtype=dtype, device=device)
 
         real = scalar_dtype(device)
-        counts = [full(0, torch.int64) for _ in range(3)]
-        return Counters(*counts, full(0, real), full(math.nan, real), full(1, real), TensorMath(device))
+        return Counters(
+            k=full(0, torch.int64),
+            skipped=full(0, torch.int64),
+            skips_in_row=full(0, torch.int64),
+            lr=full(0, real),
+            grad_norm=full(math.nan, real),
+            coef=full(1, real),
+            math=TensorMath(device),
+        )
 
 
 @torch.no_grad()

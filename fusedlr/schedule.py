@@ -7,6 +7,8 @@ the same names and are held to this file at every step.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 import operator
@@ -14,7 +16,10 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, ParamSpec
+
+_P = ParamSpec("_P")
 
 # a phase that never ends (inverse square root); far above any step count, exact in fp64
 FOREVER = 2**53
@@ -31,11 +36,12 @@ SHAPES = (
     "1-sqrt-rise",
     "table",
 )
+_PARAM_SHAPES = ("cosine", "restarts", "polynomial", "inverse_sqrt")
 
 
 @dataclass(frozen=True)
 class Absolute:
-    """A level given as a learning rate rather than as a ratio of the peak; `name` is the argument it came from."""
+    """A level given as a learning rate, not as a ratio of the peak; `name` is the argument it came from."""
 
     lr: float
     name: str = "min_lr"
@@ -68,7 +74,7 @@ class Phase:
 
 
 class _Scalars:
-    """The arithmetic of `phase_weights` on Python numbers; `fusedlr.reference` has the same names on tensors."""
+    """The arithmetic of `phase_weights` on Python numbers; `fusedlr.reference` has the same on tensors."""
 
     sin, cos, sqrt = staticmethod(math.sin), staticmethod(math.cos), staticmethod(math.sqrt)
     real = staticmethod(float)
@@ -125,7 +131,7 @@ def phase_weights(phase: Phase, e: Any, table: Sequence[float], xp: Any = _Scala
 
 
 def evaluate(phases: Sequence[Phase], k: Any, table: Sequence[float] = (), xp: Any = _Scalars) -> Any:
-    """The ratio of the peak at step `k`: the value of the last phase that has begun. Every level must be a ratio."""
+    """The ratio of the peak at step `k`: the value of the last phase begun. Every level must be a ratio."""
     value = None
     for phase in phases:
         e = xp.clamp(k, phase.begin, phase.end) - phase.origin
@@ -164,19 +170,25 @@ class Schedule:
         for phase in self.phases:
             if phase.shape not in SHAPES:
                 raise ValueError(f"shape={phase.shape!r} is unknown, expected one of {', '.join(SHAPES)}")
-            if phase.end < phase.begin or phase.end <= phase.origin:
-                raise ValueError(f"a phase must end after it begins and after its origin, got {phase}")
+            if not phase.origin <= phase.begin <= phase.end or phase.end == phase.origin:
+                raise ValueError(f"a phase needs origin <= begin <= end and origin < end, got {phase}")
+            if phase.shape in _PARAM_SHAPES and not phase.shape_param > 0:
+                raise ValueError(f"shape_param={phase.shape_param} must be above 0 in {phase}")
             for level in (phase.from_, phase.to):
                 if not isinstance(level, Absolute) and not (math.isfinite(level) and level >= 0):
                     raise ValueError(f"a level must be a finite ratio of the peak >= 0, got {phase}")
-            if phase.shape == "table" and int(phase.shape_param) + phase.end - phase.origin >= len(
-                self.table
-            ):
+            last = int(phase.shape_param) + phase.end - phase.origin
+            if phase.shape == "table" and not phase.shape_param <= last < len(self.table):
                 raise ValueError(f"table has {len(self.table)} values, too few for {phase}")
+        if self.total_steps is not None:
+            _count("total_steps", self.total_steps, at_least=1)
 
     def __repr__(self) -> str:
-        """The call that builds it."""
-        return self.label or f"Schedule(phases={self.phases!r}, total_steps={self.total_steps})"
+        """The call that builds it; the values of a long table are left out."""
+        if self.label:
+            return self.label
+        values = f", table={_shown(self.table)}" if self.table else ""
+        return f"Schedule(phases={self.phases!r}, total_steps={self.total_steps}{values})"
 
     def lr_at(self, k: int, peak: float = 1.0) -> float:
         """Learning rate of update `k`, counted from 0: the fp64 definition that every backend is held to.
@@ -211,7 +223,7 @@ class Schedule:
             return level.ratio(peak) if isinstance(level, Absolute) else level
 
         phases = tuple(replace(phase, from_=ratio(phase.from_), to=ratio(phase.to)) for phase in self.phases)
-        return replace(self, phases=phases)
+        return replace(self, phases=phases, label=self.label and f"{self.label}.resolve({float(peak)!r})")
 
     def describe(self, peak: float | None = None) -> str:
         """What the first, the peak and the last update get, in words.
@@ -280,7 +292,7 @@ class Schedule:
             raise ValueError(f"text is not a schedule in JSON: {error!r} in {text[:80]!r}") from error
 
     def to_numbers(self) -> list[float]:
-        """One flat list of plain numbers, for checkpoints: number of phases, run length (-1: none), phases, table.
+        """Plain numbers in a flat list, for checkpoints: number of phases, run length or -1, phases, table.
 
         Raises:
             ValueError: an absolute level has not been resolved.
@@ -337,6 +349,9 @@ def _count(name: str, value: Any, at_least: int = 0) -> int:
 
 
 def _non_negative(name: str, value: Any) -> float:
+    # float() would take these
+    if isinstance(value, (bool, str)):
+        raise ValueError(f"{name}={value!r} is not a number")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -366,6 +381,10 @@ def _total(name: str, total_steps: Any) -> int:
     return _count("total_steps", total_steps, at_least=1)
 
 
+def _optional_total(total_steps: Any) -> int | None:
+    return None if total_steps is None else _count("total_steps", total_steps, at_least=1)
+
+
 def _warmup(warmup_steps: Any, total_steps: int | None) -> int:
     """Warm-up in updates; below 1 it is a share of the run, rounded up as the HF Trainer does."""
     if isinstance(warmup_steps, float) and 0 < warmup_steps < 1:
@@ -384,6 +403,45 @@ def _floor(min_lr_ratio: Any, min_lr: Any) -> float | Absolute:
     return 0.0 if min_lr_ratio is None else _ratio("min_lr_ratio", min_lr_ratio)
 
 
+def _required_floor(name: str, min_lr_ratio: Any, min_lr: Any) -> float | Absolute:
+    if min_lr_ratio is None and min_lr is None:
+        raise ValueError(f"{name} needs one of min_lr_ratio (min_lr_rate in transformers) and min_lr")
+    return _floor(min_lr_ratio, min_lr)
+
+
+def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown, expected one of {', '.join(choices)}")
+    return value
+
+
+# --- parts of the constructors
+
+
+def _labelled(build: Callable[_P, Schedule]) -> Callable[_P, Schedule]:
+    """Label what a constructor builds with its call, as a user would write it: without defaults."""
+    parameters = inspect.signature(build).parameters
+
+    @functools.wraps(build)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> Schedule:
+        schedule = build(*args, **kwargs)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        # .item() turns numpy's and torch's numbers into Python's
+        shown = [
+            f"{name}={value.item() if hasattr(value, 'item') else value!r}"
+            for name, value in given.items()
+            if value != parameters[name].default
+        ]
+        return replace(schedule, label=f"{build.__name__}({', '.join(shown)})")
+
+    return call
+
+
+def _shown(values: Sequence[float]) -> str:
+    """The values of a table, or how many there are if they would fill the screen."""
+    return repr(values) if len(values) <= 8 else f"<{len(values)} values>"
+
+
 def _hold(begin: int, level: float | Absolute) -> Phase:
     return Phase(begin, begin + 1, begin, level, level, "constant")
 
@@ -394,24 +452,26 @@ def _rise(warmup: int, warmup_from: Any) -> list[Phase]:
     return [Phase(0, warmup, 0, first, 1.0, "linear")] if warmup else []
 
 
-def _label(name: str, **arguments: Any) -> str:
-    """The call as a user would write it, without the arguments left at None."""
-    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)
-    return f"{name}({given})"
+def _fall(warmup: int, total: int, floor: float | Absolute, shape: str, param: float = 0.0) -> Phase:
+    """Decay from the peak to the floor over `[warmup, total)`, which then holds."""
+    # with a warm-up as long as the run there is no decay left: past the end the floor holds
+    return Phase(warmup, total, warmup, 1.0, floor, shape, param) if total > warmup else _hold(warmup, floor)
 
 
 # --- constructors
 
 
+@_labelled
 def constant() -> Schedule:
     """The peak at every step: `f(k) = 1`.
 
     >>> constant().lr_at(1000, peak=2e-4)
     0.0002
     """
-    return Schedule((_hold(0, 1.0),), label="constant()")
+    return Schedule((_hold(0, 1.0),))
 
 
+@_labelled
 def constant_with_warmup(
     warmup_steps: float = 0, total_steps: int | None = None, *, warmup_from: float = 0.0
 ) -> Schedule:
@@ -428,14 +488,12 @@ def constant_with_warmup(
     >>> constant_with_warmup(warmup_steps=4).lr_at(1)
     0.25
     """
-    total = None if total_steps is None else _total("constant_with_warmup", total_steps)
+    total = _optional_total(total_steps)
     warmup = _warmup(warmup_steps, total)
-    label = _label(
-        "constant_with_warmup", warmup_steps=warmup, total_steps=total, warmup_from=warmup_from or None
-    )
-    return Schedule((*_rise(warmup, warmup_from), _hold(warmup, 1.0)), total, label=label)
+    return Schedule((*_rise(warmup, warmup_from), _hold(warmup, 1.0)), total)
 
 
+@_labelled
 def linear(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -459,9 +517,13 @@ def linear(
     >>> linear(warmup_steps=2, total_steps=10).lr_at(6)
     0.5
     """
-    return _decay("linear", "linear", 0.0, warmup_steps, total_steps, min_lr_ratio, min_lr, warmup_from)
+    total = _total("linear", total_steps)
+    warmup = _warmup(warmup_steps, total)
+    fall = _fall(warmup, total, _floor(min_lr_ratio, min_lr), "linear")
+    return Schedule((*_rise(warmup, warmup_from), fall), total)
 
 
+@_labelled
 def cosine(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -491,39 +553,14 @@ def cosine(
     >>> [round(schedule.lr_at(k), 6) for k in (0, 100, 200, 2100, 4000)]
     [0.0, 0.5, 1.0, 0.55, 0.1]
     """
-    cycles = _positive("num_cycles", num_cycles)
-    return _decay("cosine", "cosine", cycles, warmup_steps, total_steps, min_lr_ratio, min_lr, warmup_from)
-
-
-def _decay(
-    name: str,
-    shape: str,
-    param: float,
-    warmup_steps: Any,
-    total_steps: Any,
-    min_lr_ratio: Any,
-    min_lr: Any,
-    warmup_from: Any,
-) -> Schedule:
-    """Warm-up, then one phase from the peak to the floor."""
-    total = _total(name, total_steps)
+    total = _total("cosine", total_steps)
     warmup = _warmup(warmup_steps, total)
-    floor = _floor(min_lr_ratio, min_lr)
-    rise = _rise(warmup, warmup_from)
-    # with a warm-up as long as the run there is no decay left: past the end the floor holds
-    fall = Phase(warmup, total, warmup, 1.0, floor, shape, param) if total > warmup else _hold(warmup, floor)
-    label = _label(
-        name,
-        warmup_steps=warmup,
-        total_steps=total,
-        num_cycles=param if shape == "cosine" and param != 0.5 else None,
-        min_lr_ratio=min_lr_ratio,
-        min_lr=min_lr,
-        warmup_from=warmup_from or None,
-    )
-    return Schedule((*rise, fall), total, label=label)
+    cycles = _positive("num_cycles", num_cycles)
+    fall = _fall(warmup, total, _floor(min_lr_ratio, min_lr), "cosine", cycles)
+    return Schedule((*_rise(warmup, warmup_from), fall), total)
 
 
+@_labelled
 def cosine_with_restarts(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -534,7 +571,7 @@ def cosine_with_restarts(
     min_lr: float | None = None,
     warmup_from: float = 0.0,
 ) -> Schedule:
-    """Linear warm-up, then `num_cycles` half cosines, each from the peak to the floor (SGDR, arXiv:1608.03983).
+    """Linear warm-up, then `num_cycles` half cosines, each from the peak to the floor (arXiv:1608.03983).
 
     Args:
         warmup_steps: `W` in updates; below 1 a share of `total_steps`.
@@ -546,7 +583,7 @@ def cosine_with_restarts(
         warmup_from: ratio of the peak that update 0 gets.
 
     Raises:
-        ValueError: an argument is out of range, or a cycle would be shorter than one update.
+        ValueError: an argument is out of range, or with `cycle_mult` a cycle is shorter than one update.
 
     >>> [cosine_with_restarts(total_steps=8, num_cycles=2).lr_at(k) for k in (0, 4, 8)]
     [1.0, 1.0, 0.0]
@@ -561,29 +598,22 @@ def cosine_with_restarts(
     if span > 0 and mult == 1:
         phases.append(Phase(warmup, total, warmup, 1.0, floor, "restarts", cycles))
     elif span > 0:
-        shares = [mult**i for i in range(cycles)]
-        edges = [warmup + round(span * sum(shares[:i]) / sum(shares)) for i in range(cycles + 1)]
-        if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+        # lengths in units of the longest cycle, which cannot overflow
+        longest = cycles - 1 if mult > 1 else 0
+        ends = list(accumulate(mult ** (i - longest) for i in range(cycles)))
+        edges = [warmup, *(warmup + round(span * end / ends[-1]) for end in ends)]
+        if any(end <= begin for begin, end in pairwise(edges)):
             raise ValueError(
                 f"num_cycles={num_cycles!r} with cycle_mult={cycle_mult!r} leaves a cycle without an update "
                 f"in {span} steps"
             )
-        phases += [Phase(a, b, a, 1.0, floor, "cosine", 0.5) for a, b in zip(edges, edges[1:], strict=False)]
+        phases += [Phase(begin, end, begin, 1.0, floor, "cosine", 0.5) for begin, end in pairwise(edges)]
     # a cycle's last value is the peak of the next one, so the end has a phase of its own
     phases.append(_hold(max(total, warmup), floor))
-    label = _label(
-        "cosine_with_restarts",
-        warmup_steps=warmup,
-        total_steps=total,
-        num_cycles=cycles,
-        cycle_mult=None if mult == 1 else mult,
-        min_lr_ratio=min_lr_ratio,
-        min_lr=min_lr,
-        warmup_from=warmup_from or None,
-    )
-    return Schedule(tuple(phases), total, label=label)
+    return Schedule(tuple(phases), total)
 
 
+@_labelled
 def polynomial(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -609,24 +639,12 @@ def polynomial(
     """
     total = _total("polynomial", total_steps)
     warmup = _warmup(warmup_steps, total)
-    exponent = _positive("power", power)
     end = Absolute(_non_negative("lr_end", lr_end), "lr_end")
-    fall = (
-        Phase(warmup, total, warmup, 1.0, end, "polynomial", exponent)
-        if total > warmup
-        else _hold(warmup, end)
-    )
-    label = _label(
-        "polynomial",
-        warmup_steps=warmup,
-        total_steps=total,
-        power=exponent,
-        lr_end=lr_end,
-        warmup_from=warmup_from or None,
-    )
-    return Schedule((*_rise(warmup, warmup_from), fall), total, label=label)
+    fall = _fall(warmup, total, end, "polynomial", _positive("power", power))
+    return Schedule((*_rise(warmup, warmup_from), fall), total)
 
 
+@_labelled
 def inverse_sqrt(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -639,7 +657,7 @@ def inverse_sqrt(
     Args:
         warmup_steps: `W` in updates; below 1 a share of `total_steps`.
         total_steps: updates in the run; only needed for a share, and to say where the run ends.
-        timescale: updates after which the rate has fallen to `1/sqrt(2)`; default `W`, or 10,000 without warm-up.
+        timescale: updates until the rate has fallen to `1/sqrt(2)`; default `W`, or 10,000 without warm-up.
         warmup_from: ratio of the peak that update 0 gets.
 
     Raises:
@@ -648,20 +666,14 @@ def inverse_sqrt(
     >>> inverse_sqrt(warmup_steps=100).lr_at(400)
     0.5
     """
-    total = None if total_steps is None else _total("inverse_sqrt", total_steps)
+    total = _optional_total(total_steps)
     warmup = _warmup(warmup_steps, total)
     scale = _count("timescale", timescale, at_least=1) if timescale is not None else warmup or 10_000
-    label = _label(
-        "inverse_sqrt",
-        warmup_steps=warmup,
-        total_steps=total,
-        timescale=timescale,
-        warmup_from=warmup_from or None,
-    )
     fall = Phase(warmup, FOREVER, warmup, 1.0, 0.0, "inverse_sqrt", float(scale))
-    return Schedule((*_rise(warmup, warmup_from), fall), total, label=label)
+    return Schedule((*_rise(warmup, warmup_from), fall), total)
 
 
+@_labelled
 def cosine_with_min_lr(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -687,11 +699,10 @@ def cosine_with_min_lr(
     >>> cosine_with_min_lr(total_steps=10, min_lr=1e-5).lr_at(10, peak=1e-4)
     1e-05
     """
-    if min_lr_ratio is None and min_lr is None:
-        raise ValueError("cosine_with_min_lr needs one of min_lr_ratio (min_lr_rate) and min_lr")
+    _required_floor("cosine_with_min_lr", min_lr_ratio, min_lr)
     return cosine(
         warmup_steps,
-        total_steps,
+        _total("cosine_with_min_lr", total_steps),
         num_cycles=num_cycles,
         min_lr_ratio=min_lr_ratio,
         min_lr=min_lr,
@@ -699,6 +710,7 @@ def cosine_with_min_lr(
     )
 
 
+@_labelled
 def cosine_warmup_with_min_lr(
     warmup_steps: float = 0,
     total_steps: int | None = None,
@@ -726,41 +738,25 @@ def cosine_warmup_with_min_lr(
     """
     total = _total("cosine_warmup_with_min_lr", total_steps)
     warmup = _warmup(warmup_steps, total)
-    if min_lr_ratio is None and min_lr is None:
-        raise ValueError("cosine_warmup_with_min_lr needs one of min_lr_ratio (min_lr_rate) and min_lr")
-    floor = _floor(min_lr_ratio, min_lr)
+    floor = _required_floor("cosine_warmup_with_min_lr", min_lr_ratio, min_lr)
     cycles = _positive("num_cycles", num_cycles)
+    first = None if warmup_lr_rate is None else _ratio("warmup_lr_rate", warmup_lr_rate)
     # everything happens one step early: the origins stand one step before the phases
     phases = []
-    if warmup and warmup_lr_rate is None:
+    if warmup and first is None:
         phases.append(Phase(0, warmup - 1, -1, 0.0, 1.0, "linear"))
-    elif warmup:
-        phases.append(
-            Phase(0, max(warmup - 1, 1), 0, _ratio("warmup_lr_rate", warmup_lr_rate), 1.0, "linear")
-        )
+    elif warmup and first is not None:
+        phases.append(Phase(0, max(warmup - 1, 1), 0, first, 1.0, "linear"))
     phases.append(Phase(warmup, max(total - 1, warmup), warmup - 1, 1.0, floor, "cosine", cycles))
-    label = _label(
-        "cosine_warmup_with_min_lr",
-        warmup_steps=warmup,
-        total_steps=total,
-        min_lr_ratio=min_lr_ratio,
-        min_lr=min_lr,
-        warmup_lr_rate=warmup_lr_rate,
-        num_cycles=None if cycles == 0.5 else cycles,
-    )
-    return Schedule(tuple(phases), total, label=label)
+    return Schedule(tuple(phases), total)
 
 
-_RISE_SHAPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
-_FALL_SHAPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt"}
+# the shapes of `warmup_stable_decay`'s types
+_RISES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
+_FALLS = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt"}
 
 
-def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown, expected one of {', '.join(choices)}")
-    return value
-
-
+@_labelled
 def warmup_stable_decay(
     warmup_steps: float = 0,
     decay_steps: int | None = None,
@@ -772,12 +768,12 @@ def warmup_stable_decay(
     min_lr_ratio: float = 0.0,
     num_cycles: float = 0.5,
 ) -> Schedule:
-    """Warm-up from the floor to the peak, a stable phase at the peak, decay back to the floor (arXiv:2404.06395).
+    """Warm-up from the floor, a stable phase at the peak, decay back to the floor (arXiv:2404.06395).
 
     Args:
         warmup_steps: `W` in updates; below 1 a share of `total_steps`.
         decay_steps: updates in the decay, required.
-        total_steps: updates in the run, `W + stable + decay`.
+        total_steps: updates in the run; default the sum of the three phases.
         stable_steps: updates at the peak; default what `total_steps` leaves. Given both, it wins.
         warmup_type: `linear`, `cosine` or `1-sqrt`.
         decay_type: `linear`, `cosine` or `1-sqrt` (arXiv:2405.18392).
@@ -794,49 +790,48 @@ def warmup_stable_decay(
     if decay_steps is None:
         raise ValueError("warmup_stable_decay needs decay_steps, the number of updates in the decay")
     decay = _count("decay_steps", decay_steps)
-    total = None if total_steps is None else _total("warmup_stable_decay", total_steps)
+    total = _optional_total(total_steps)
     warmup = _warmup(warmup_steps, total)
-    if stable_steps is not None:
-        stable = _count("stable_steps", stable_steps)
-        if total is not None and warmup + stable + decay != total:
-            warnings.warn(
-                f"warmup_steps={warmup}, stable_steps={stable} and decay_steps={decay} make "
-                f"{warmup + stable + decay} updates, not total_steps={total}: stable_steps is used",
-                stacklevel=2,
-            )
-    elif total is not None:
-        stable = total - warmup - decay
-        if stable < 0:
-            raise ValueError(
-                f"the stable phase would be negative: total_steps={total} is less than "
-                f"warmup_steps={warmup} plus decay_steps={decay}"
-            )
-    else:
-        raise ValueError("warmup_stable_decay needs total_steps or stable_steps")
+    stable = _stable_steps(warmup, stable_steps, decay, total)
     floor = _ratio("min_lr_ratio", min_lr_ratio)
     cycles = _positive("num_cycles", num_cycles)
-    rise = _RISE_SHAPES[_choice("warmup_type", warmup_type, _RISE_SHAPES)]
-    fall = _FALL_SHAPES[_choice("decay_type", decay_type, _FALL_SHAPES)]
+    rise = _RISES[_choice("warmup_type", warmup_type, _RISES)]
+    fall = _FALLS[_choice("decay_type", decay_type, _FALLS)]
+    begin, end = warmup + stable, warmup + stable + decay
     phases = []
     if warmup:
         phases.append(Phase(0, warmup, 0, floor, 1.0, rise, 0.5 if rise == "cosine" else 0.0))
     if stable:
         phases.append(_hold(warmup, 1.0))
-    begin, end = warmup + stable, warmup + stable + decay
     if decay:
         phases.append(Phase(begin, end, begin, 1.0, floor, fall, cycles if fall == "cosine" else 0.0))
     phases.append(_hold(end, floor))
-    label = _label(
-        "warmup_stable_decay",
-        warmup_steps=warmup,
-        decay_steps=decay,
-        stable_steps=stable,
-        warmup_type=None if warmup_type == "linear" else warmup_type,
-        decay_type=None if decay_type == "cosine" else decay_type,
-        min_lr_ratio=floor or None,
-        num_cycles=None if cycles == 0.5 else cycles,
-    )
-    return Schedule(tuple(phases), end, label=label)
+    return Schedule(tuple(phases), total or end)
+
+
+def _stable_steps(warmup: int, stable_steps: Any, decay: int, total: int | None) -> int:
+    """Updates at the peak, as given or what the run leaves."""
+    if stable_steps is None:
+        if total is None:
+            raise ValueError("warmup_stable_decay needs total_steps or stable_steps")
+        if total < warmup + decay:
+            raise ValueError(
+                f"the stable phase would be negative: total_steps={total} is less than "
+                f"warmup_steps={warmup} plus decay_steps={decay}"
+            )
+        return total - warmup - decay
+    stable = _count("stable_steps", stable_steps)
+    length = warmup + stable + decay
+    if length == 0:
+        raise ValueError("warmup_steps=0, stable_steps=0 and decay_steps=0 leave no update")
+    if total is not None and length != total:
+        warnings.warn(
+            f"warmup_steps={warmup}, stable_steps={stable} and decay_steps={decay} make {length} updates, "
+            f"not total_steps={total}: stable_steps is used",
+            # past this function, the constructor and its label
+            stacklevel=4,
+        )
+    return stable
 
 
 def table(fn: Callable[[int], float] | Iterable[float], total_steps: int | None = None) -> Schedule:
@@ -862,11 +857,11 @@ def table(fn: Callable[[int], float] | Iterable[float], total_steps: int | None 
             raise ValueError(f"total_steps={total_steps!r} needs that many values, got {len(values)}")
         values = values[:total]
     numbers = tuple(_non_negative(f"the value at step {k}", value) for k, value in enumerate(values))
+    label = f"table({_shown(list(numbers))})"
     # a phase spans at least one step, so a table of one value is a constant
     if total == 1:
-        return Schedule((_hold(0, numbers[0]),), 1, label=f"table({list(numbers)!r})")
-    shown = repr(list(numbers)) if total <= 8 else f"<{total} values>"
-    return Schedule((Phase(0, total - 1, 0, 0.0, 1.0, "table"),), total, numbers, f"table({shown})")
+        return Schedule((_hold(0, numbers[0]),), 1, label=label)
+    return Schedule((Phase(0, total - 1, 0, 0.0, 1.0, "table"),), total, numbers, label)
 
 
 def total_steps(

@@ -1,0 +1,45 @@
+"""What every test runs under: poisoned memory, a seed, and one run per backend where a test asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from harness import backends_on
+
+# model hubs must not be asked for anything: tests run without a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # that nothing faster than the reference is built here is no failure of a test
+    config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test with the arguments `device` and `backend` on all that can run here."""
+    if {"device", "backend"} <= set(metafunc.fixturenames):
+        pairs = [("cpu", name) for name in backends_on("cpu")]
+        if torch.cuda.is_available():
+            pairs += [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in backends_on("cuda")]
+        metafunc.parametrize(("device", "backend"), pairs)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` and its relatives return: nan for floats, the largest number for integers."""
+    # torch fills uninitialised memory only in deterministic mode; warn_only for operators that have none
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

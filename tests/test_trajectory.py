@@ -1,0 +1,129 @@
+"""Whole runs: torch in fp64 <= reference <= every backend, and what rounding costs in fp32, bf16 and fp16."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, FALLING, UNIFORM, Case
+from harness import Run, fused, make_groups, relative_difference, run, squared_error, stock
+from tolerances import FP64_TRAJECTORY, MOMENTS_RATIO, RMS_RATIO, WRONG_MARGIN
+from wrong import steps as wrong_steps
+
+import fusedlr
+from fusedlr import backends
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+def distance(a: Run, b: Run) -> float:
+    """Largest relative difference over parameters and moments."""
+    keys = (*MOMENTS, *(["max_exp_avg_sq"] if a.optimizer.defaults["amsgrad"] else []))
+    return max(
+        relative_difference(a.params, b.params),
+        *(relative_difference(a.state(key), b.state(key)) for key in keys),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_fp64_equals_torch(case: Case, device: str, backend: str) -> None:
+    ours = run(case, fused(case, backend=backend), device=device)
+    theirs = run(case, stock(case), device=device)
+    assert distance(ours, theirs) <= FP64_TRAJECTORY
+    for p in ours.params:
+        assert ours.optimizer.state[p]["step"].device == p.device
+    steps = [[s.item() for s in r.state("step")] for r in (ours, theirs)]
+    assert steps[0] == steps[1]
+
+
+def test_fp32_error_is_at_most_that_of_torch(device: str, backend: str) -> None:
+    assert rms_ratio(UNIFORM, torch.float32, device, backend=backend) <= RMS_RATIO
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_16_bit_moments_are_as_good_as_those_of_torch_fused(
+    dtype: torch.dtype, device: str, backend: str
+) -> None:
+    # where fp16 overflows or its moments underflow to 0, torch gives nan: there is nothing to compare with
+    cases = [case for case in UNIFORM if dtype == torch.bfloat16 or case.grad_size(0) == 1]
+    cases = [replace(case, options={**case.options, "eps": 1e-4}) for case in cases]
+    assert rms_ratio(cases, dtype, device, backend=backend, state_dtype="param") <= RMS_RATIO
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_16_bit_moments_are_those_of_torch_fused(dtype: torch.dtype, device: str, backend: str) -> None:
+    # one update from the same state: the same roundings, but for a last bit where sums are ordered differently
+    case = replace(FALLING, steps=1)
+    ours = run(case, fused(case, backend=backend, state_dtype="param"), dtype=dtype, device=device)
+    theirs = run(case, stock(case, fused=True), dtype=dtype, device=device)
+    for key in MOMENTS:
+        for a, b in zip(ours.state(key), theirs.state(key), strict=True):
+            assert a.dtype == b.dtype == dtype
+            assert ulps(a, b) <= 1
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_fp32_moments_are_closer_to_the_oracle_than_torch(
+    dtype: torch.dtype, device: str, backend: str
+) -> None:
+    assert rms_ratio([FALLING], dtype, device, backend=backend) < MOMENTS_RATIO
+
+
+@pytest.mark.parametrize("case", UNIFORM, ids=lambda case: case.name)
+def test_two_runs_give_the_same_bits(case: Case, device: str, backend: str) -> None:
+    case = replace(case, steps=min(case.steps, 10))
+    first, second = (
+        run(case, fused(case, backend=backend), dtype=torch.float32, device=device) for _ in range(2)
+    )
+    for key in MOMENTS:
+        assert all(map(torch.equal, first.state(key), second.state(key)))
+    assert all(map(torch.equal, first.params, second.params))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_rate_and_decay_of_zero_leave_the_bits_alone(dtype: torch.dtype, device: str, backend: str) -> None:
+    case = replace(UNIFORM[0], lr=0.0, options={"weight_decay": 0.0}, steps=5, schedule=fusedlr.constant())
+    ours = run(case, fused(case, backend=backend), dtype=dtype, device=device)
+    start = [p for group in make_groups(case, dtype, dtype, device) for p in group["params"]]
+    assert all(map(torch.equal, ours.params, start))
+
+
+@pytest.mark.parametrize("name", wrong_steps.EDITS)
+def test_the_suite_rejects_wrong_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = wrong_steps.load(name)
+    entry = replace(backends.BACKENDS["reference"], step_=wrong.step_)
+    monkeypatch.setitem(backends.BACKENDS, "reference", entry)
+    # a few steps show every mistake but the one that needs gradients to go away
+    worst = 0.0
+    for case in CASES:
+        case = replace(case, steps=12)
+        worst = max(worst, distance(run(case, fused(case, backend="reference")), run(case, stock(case))))
+    assert worst > WRONG_MARGIN * FP64_TRAJECTORY
+
+
+# --- measures
+
+
+def errors(case: Case, dtype: torch.dtype, device: str, **options: object) -> tuple[float, float]:
+    """Squared error of the parameters against the fp64 oracle: (ours, torch's)."""
+    oracle = run(case, fused(case, backend="reference"), start=dtype, device=device)
+    ours = run(case, fused(case, **options), dtype=dtype, device=device)
+    theirs = run(case, stock(case, fused=dtype != torch.float32), dtype=dtype, device=device)
+    return squared_error(ours.params, oracle.params), squared_error(theirs.params, oracle.params)
+
+
+def rms_ratio(cases: list[Case] | tuple[Case, ...], dtype: torch.dtype, device: str, **options: object) -> float:
+    """RMS error of ours over torch's, over all elements of all cases."""
+    totals = [errors(case, dtype, device, **options) for case in cases]
+    ours, theirs = (sum(column) for column in zip(*totals, strict=True))
+    return (ours / theirs) ** 0.5
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Largest distance in units of the last place between tensors of the same 16-bit dtype."""
+
+    def ordered(x: torch.Tensor) -> torch.Tensor:
+        bits = x.cpu().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return int((ordered(a) - ordered(b)).abs().max()) if a.numel() else 0

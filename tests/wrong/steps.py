@@ -1,0 +1,63 @@
+"""Wrong optimizer steps that the harness must reject: one edit each to the source of the reference.
+
+Each is a mistake that somebody's optimizer has made. An edit that no longer applies is an error, so the list
+keeps up with the source.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+
+from fusedlr import reference
+
+# name -> (what the reference says, what the wrong step says)
+EDITS = {
+    "eps under the root": ("bc2.sqrt().to(dtype) + group.eps", "(bc2 + group.eps).sqrt().to(dtype)"),
+    "no correction of the first moment": ("(lr / bc1).to(dtype)", "lr.to(dtype)"),
+    "no correction of the second moment": ("largest.sqrt() / bc2.sqrt().to(dtype)", "largest.sqrt()"),
+    "bias correction counts from 0": ("t = row.step + ~skip", "t = (row.step + ~skip - 1).clamp(min=1)"),
+    "decay into the gradient": (
+        "p = p - (lr * group.weight_decay).to(dtype) * p",
+        "g = g + group.weight_decay * p",
+    ),
+    "decay without the rate": ("(lr * group.weight_decay).to(dtype) * p", "group.weight_decay * p"),
+    "decay at the peak": ("(lr * group.weight_decay)", "(lr * 0 + group.peak * group.weight_decay)"),
+    "betas swapped": ("b1, b2 = group.betas", "b2, b1 = group.betas"),
+    "second moment of the mean": ("(1 - b2) * (g * g)", "(1 - b2) * (g * m)"),
+    "maximize ignored": ("if group.maximize:", "if False:"),
+    "amsgrad forgets": ("torch.maximum(_compute(row.max_exp_avg_sq), v)", "v"),
+    "clipping without the epsilon": ("(norm + _CLIP_EPS)", "norm"),
+    "clipping that scales up": (".clamp(max=1)", ".clamp(max=1e9)"),
+    "norm of the first tensor": ("for grad in grads:\n", "for grad in list(grads)[:1]:\n"),
+    "norm per group": ("for scope in [groups] if joint else", "for scope in [] if joint and not groups else"),
+    "warm-up off by one": ("counters.k[i], group.lr.table", "counters.k[i] + 1, group.lr.table"),
+    "schedule that counts gradients": (
+        "counters.k[i] += ~skip if group.advance else 0",
+        "counters.k[i] += len(group.rows) > 0",
+    ),
+    "skipped step moves the schedule": ("+= ~skip if group.advance", "+= 1 if group.advance"),
+    "skipped step counts for the bias": ("t = row.step + ~skip", "t = row.step + 1"),
+    "skip only at 1": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) == 1"),
+    "skip only above 0": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) > 0"),
+    "inf is applied": ("skip = skip | ~torch.isfinite(norm)", "skip = skip | torch.isnan(norm)"),
+    "norm of scaled gradients": ("for row in group.rows], factor, xp)", "for row in group.rows], None, xp)"),
+    "scaled gradients": ("factor = coef if factor is None else factor * coef", "factor = coef"),
+    "skip by a product": (
+        "tensor.copy_(torch.where(skip, tensor, new.to(tensor.dtype)))",
+        "tensor.add_((new.to(tensor.dtype) - tensor) * ~skip)",
+    ),
+}
+
+
+def load(name: str) -> types.ModuleType:
+    """The reference with one edit, as a module."""
+    right, wrong = EDITS[name]
+    source = inspect.getsource(reference)
+    assert source.count(right) == 1, f"{name!r} does not apply: {source.count(right)} times {right!r}"
+    module = types.ModuleType("wrong_reference")
+    # dataclasses look their module up
+    sys.modules[module.__name__] = module
+    exec(compile(source.replace(right, wrong), f"wrong: {name}", "exec"), module.__dict__)
+    return module
