@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from fusedlr import reference
+from fusedlr.report import warn
 
 
 class FallbackWarning(UserWarning):
@@ -76,4 +76,4 @@ def choose(name: str, devices: Iterable[torch.device]) -> Backend:
 def warn_fallback(devices: Iterable[torch.device]) -> None:
     """Say, once per process and reason, why `auto` ended at the reference."""
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons(devices).items() if reason)
-    warnings.warn(f"fusedlr runs its reference step in plain PyTorch ({why})", FallbackWarning, stacklevel=4)
+    warn(f"fusedlr runs its reference step in plain PyTorch ({why})", FallbackWarning)

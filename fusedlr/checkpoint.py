@@ -7,7 +7,6 @@ dtype, copies into the tensors that are there, and carries the schedule over.
 from __future__ import annotations
 
 import copy
-import warnings
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedlr.plan import parameter_name
+from fusedlr.report import warn
 from fusedlr.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> N
                 "the checkpoint's is used"
             )
     if lines:
-        warnings.warn("the loaded schedule is not the one asked for: " + "; ".join(lines), stacklevel=4)
+        warn("the loaded schedule is not the one asked for: " + "; ".join(lines))
 
 
 def _difference(written: Schedule, schedule: Schedule) -> str:

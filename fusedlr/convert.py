@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from numbers import Real
 from types import MethodType
 from typing import Any
 
@@ -99,13 +100,14 @@ def from_hf(
         arguments["warmup_steps"] = num_warmup_steps
     if "total_steps" in parameters:
         arguments["total_steps"] = num_training_steps
-    for key, value in scheduler_specific_kwargs.items():
+    # get_scheduler takes them in a dict of this name, TrainingArguments one by one
+    extras = scheduler_specific_kwargs.pop("scheduler_specific_kwargs", None) or {}
+    for key, value in {**extras, **scheduler_specific_kwargs}.items():
         if key in renamed:
             arguments[renamed[key]] = value
         elif name not in _IGNORES_EXTRAS:
-            raise ValueError(
-                f"{key}={value!r} is not an argument of name={name!r}, which takes {', '.join(renamed) or 'none'}"
-            )
+            known = ", ".join(renamed) or "none"
+            raise ValueError(f"{key}={value!r} is not an argument of name={name!r}, which takes {known}")
     schedule = constructor(**arguments)
     return schedule if lr is None else schedule.resolve(lr)
 
@@ -113,8 +115,8 @@ def from_hf(
 def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
     """Tabulate a fresh torch `LRScheduler` over `total_steps` updates. The scheduler itself is not stepped.
 
-    The table holds ratios of the peak, each group's `initial_lr`: give `FusedAdamW` the same groups and rates.
-    `OneCycleLR` and `CyclicLR` bring rates of their own, and their peak is `max_lr`: give `FusedAdamW` that `lr`.
+    The table holds ratios of each group's peak. That is its `initial_lr`, so give `FusedAdamW` the same
+    groups and rates; `OneCycleLR` and `CyclicLR` bring rates of their own: there it is `max_lr`.
 
     Args:
         scheduler: any `LRScheduler` that depends on the step alone.
@@ -122,7 +124,7 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
 
     Raises:
         TypeError: not a torch `LRScheduler`.
-        ValueError: it follows a metric or also cycles momentum, has been stepped, every peak is 0, or it gives
+        ValueError: it follows a metric, also cycles momentum, has been stepped, has no peak above 0, or gives
             groups different ratios (build one schedule per group then).
 
     >>> optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.1)
@@ -188,9 +190,11 @@ def _copy(scheduler: LRScheduler) -> LRScheduler:
     optimizer = scheduler.optimizer
     groups = []
     for group in optimizer.param_groups:
-        # OneCycleLR keeps its rates in the group
-        rates = {key: float(value) for key, value in group.items() if key.endswith("lr")}
-        groups.append({"params": [torch.nn.Parameter(torch.zeros(()))], **rates})
+        # all of its numbers: OneCycleLR and SWALR keep rates of their own in the group
+        numbers = {
+            key: float(value) for key, value in group.items() if isinstance(value, (Real, torch.Tensor))
+        }
+        groups.append({"params": [torch.nn.Parameter(torch.zeros(()))], **numbers})
     memo: dict[int, Any] = {id(optimizer): torch.optim.SGD(groups, lr=0.0)}
     # nothing of the model is copied: neither parameters nor the owner of a method used as lr_lambda
     shared = [p for group in optimizer.param_groups for p in group["params"]]

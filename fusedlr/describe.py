@@ -2,80 +2,104 @@
 
 from __future__ import annotations
 
-from fusedlr.schedule import Schedule
+import math
+from itertools import pairwise
+
+from fusedlr.schedule import Absolute, Schedule
 
 # warm-up shares that fine-tuning guides agree on
 _USUAL_WARMUP = (0.05, 0.10)
 # a last update below this share of the peak hardly moves the weights
 _TINY_END = 0.01
-
-
-def _share(x: float) -> str:
-    return f"{100 * x:.3g} %"
-
-
-def _step(k: int) -> str:
-    return f"{k:,}"
-
-
-def warmup_steps(schedule: Schedule) -> int:
-    """Updates before the peak is first reached while the schedule rises from its first value."""
-    first = schedule.phases[0]
-    rises = not isinstance(first.to, float) or first.to > first.from_  # type: ignore[operator]
-    if first.shape in ("constant", "table") or not rises:
-        return 0
-    return schedule.phases[1].begin if len(schedule.phases) > 1 else first.end
+# steps looked at for the highest rate, besides the ends of phases: enough for a picture of any wave
+_SAMPLES = 10_000
 
 
 def describe(schedule: Schedule, peak: float | None = None) -> str:
     """See `Schedule.describe`."""
+    # at an infinite peak an absolute level is a ratio of 0; the line on the last update says so
+    known = schedule.resolve(math.inf if peak is None else peak)
+    absolute = None if peak is not None else _absolute(schedule)
     total = schedule.total_steps
-    # without a peak an absolute level cannot be compared with it
-    known = schedule.resolve(peak) if peak is not None else schedule
-    unit = peak if peak is not None else 1.0
+    warmup, top = _warmup_steps(schedule), _highest(known)
 
     def rate(k: int) -> str:
-        ratio = known.lr_at(k)
-        return (
-            f"{ratio * unit:.4g} ({_share(ratio)} of the peak)"
-            if peak is not None
-            else f"{_share(ratio)} of the peak"
-        )
+        share = f"{_share(known.lr_at(k))} of the peak"
+        return share if peak is None else f"{known.lr_at(k, peak):.4g} ({share})"
 
-    lines = [f"{schedule!r}" + (f", peak {peak:g}" if peak is not None else "")]
+    lines = [f"{schedule!r}" if peak is None else f"{schedule!r}, peak {peak:g}"]
     lines.append(f"first update (k = 0): {rate(0)}")
-    warmup = warmup_steps(schedule)
-    last = total - 1 if total else None
-    horizon = min(total or warmup + 1, 100_000)
-    top = max(range(horizon), key=known.lr_at)
-    lines.append(f"highest update (k = {_step(top)}): {rate(top)}")
-    if last is not None:
-        lines.append(
-            f"last update (k = {_step(last)}): {rate(last)}; from k = {_step(total)} on: {rate(total)}"
-        )
-    else:
+    lines.append(f"highest update (k = {top:,}): {rate(top)}")
+    if total is None:
         lines.append("no end: it is defined for any number of updates")
-    low, high = _USUAL_WARMUP
-    if warmup == 0:
-        lines.append("no warm-up: the first update already gets the full first value")
-    elif total is None:
-        lines.append(f"warm-up: {_step(warmup)} updates")
+    elif absolute is not None:
+        lines.append(
+            f"last update (k = {total - 1:,}): on the way to {absolute.name}={absolute.lr:g}, "
+            "an absolute rate; describe(peak=...) compares it with the peak"
+        )
     else:
-        share = warmup / total
-        usual = (
-            f"{_step(round(low * total))} to {_step(round(high * total))} updates ({low:.0%} to {high:.0%})"
-        )
-        where = "within" if low <= share <= high else "shorter than" if share < low else "longer than"
         lines.append(
-            f"warm-up: {_step(warmup)} updates, {_share(share)} of the run; {where} the usual {usual}"
+            f"last update (k = {total - 1:,}): {rate(total - 1)}; past it (k = {total:,}): {rate(total)}"
         )
-        if warmup >= total:
-            lines.append("the warm-up is as long as the run: the peak is never reached")
-    if last is not None and known.lr_at(last) < _TINY_END * max(known.lr_at(top), 1e-300):
-        lines.append(
+    lines.append(_warmup_line(warmup, total))
+    if total is not None and warmup >= total and known.lr_at(top) < 1:
+        lines.append("the warm-up is as long as the run: the peak is never reached")
+    if total is not None and absolute is None:
+        lines.append(_end_line(known.lr_at(total - 1) / max(known.lr_at(top), 1e-300)))
+    return "\n".join(lines)
+
+
+def _share(ratio: float) -> str:
+    return f"{100 * ratio:.3g} %"
+
+
+def _absolute(schedule: Schedule) -> Absolute | None:
+    """The absolute level of a schedule, if it has one."""
+    levels = (level for phase in schedule.phases for level in (phase.from_, phase.to))
+    return next((level for level in levels if isinstance(level, Absolute)), None)
+
+
+def _warmup_steps(schedule: Schedule) -> int:
+    """Updates before the peak is first reached while the schedule rises from its first value."""
+    first = schedule.phases[0]
+    if first.shape == "table":
+        values = schedule.table
+        top = values.index(max(values))
+        return top if all(a <= b for a, b in pairwise(values[: top + 1])) else 0
+    # only a floor is absolute, and it is below the peak
+    if isinstance(first.from_, Absolute) or isinstance(first.to, Absolute) or first.from_ >= first.to:
+        return 0
+    return schedule.phases[1].begin if len(schedule.phases) > 1 else first.end
+
+
+def _highest(schedule: Schedule) -> int:
+    """The first of the updates that get the highest rate."""
+    total = schedule.total_steps or schedule.phases[-1].begin + 1
+    steps = {*range(0, total, math.ceil(total / _SAMPLES))}
+    steps.update(k for phase in schedule.phases for k in (phase.begin, phase.end) if k < total)
+    if schedule.table:
+        steps.add(schedule.table.index(max(schedule.table)))
+    return max(sorted(steps), key=schedule.lr_at)
+
+
+def _warmup_line(warmup: int, total: int | None) -> str:
+    if warmup == 0:
+        return "no warm-up: the first update already gets the full first value"
+    if total is None:
+        return f"warm-up: {warmup:,} updates"
+    low, high = _USUAL_WARMUP
+    share = warmup / total
+    where = "within" if low <= share <= high else "shorter than" if share < low else "longer than"
+    return (
+        f"warm-up: {warmup:,} updates, {_share(share)} of the run; {where} the usual "
+        f"{max(1, round(low * total)):,} to {max(1, round(high * total)):,} updates ({low:.0%} to {high:.0%})"
+    )
+
+
+def _end_line(share: float) -> str:
+    if share < _TINY_END:
+        return (
             "the end point is the sensitive part: the last update gets less than 1 % of the peak; "
             "for a short run consider min_lr or min_lr_ratio"
         )
-    elif last is not None:
-        lines.append("the end point is the sensitive part: compare end values before comparing shapes")
-    return "\n".join(lines)
+    return "the end point is the sensitive part: compare end values before comparing shapes"

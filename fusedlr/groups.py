@@ -17,6 +17,8 @@ class ParamGroup(dict[str, Any]):
     def __init__(self, group: dict[str, Any], writes: set[int]) -> None:
         super().__init__(group)
         self._writes = writes
+        # an id may have been that of a group that is gone
+        writes.discard(id(self))
 
     def belongs_to(self, writes: set[int]) -> bool:
         """Whether it reports to this set."""

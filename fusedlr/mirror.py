@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedlr.reference import Counters
+from fusedlr.report import warn
 
 # dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
 _SKIPS_TO_WARN = 10
@@ -83,10 +83,9 @@ class Mirror:
         }
         if not self._warned and max(in_row, default=0) >= _SKIPS_TO_WARN:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
-                f"(last gradient norm {max(norm):g})",
-                stacklevel=2,
+                f"(last gradient norm {max(norm):g})"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -19,6 +18,7 @@ from fusedlr.groups import ParamGroup, set_quietly
 from fusedlr.mirror import Mirror
 from fusedlr.plan import Plan, trainable
 from fusedlr.reference import Counters, GroupStep, Signals
+from fusedlr.report import warn
 from fusedlr.schedule import Schedule
 from fusedlr.scheduler import ScheduleView
 
@@ -256,13 +256,13 @@ class FusedAdamW(Optimizer):
 
     def _warn_write(self, index: int, group: dict[str, Any]) -> None:
         asked = group["schedule"].lr_at(self._mirror.k[index], group["initial_lr"])
-        if self._warned_write or float(group["lr"]) == asked:
+        # another formula for the same rate rounds differently
+        if self._warned_write or math.isclose(group["lr"], asked, rel_tol=1e-6, abs_tol=1e-9 * group["initial_lr"]):
             return
         self._warned_write = True
-        warnings.warn(
+        warn(
             f"lr={float(group['lr']):g} was assigned to group {index} from outside and is used for this step, where "
-            f"the optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass schedule=None",
-            stacklevel=5,
+            f"the optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass schedule=None"
         )
 
     def _check_capture(self, rows: list[list[Any]], fresh: bool) -> None:
@@ -331,9 +331,9 @@ class FusedAdamW(Optimizer):
         if "_mirror" in self.__dict__:
             # not while torch's constructor adds the first groups
             k = [*self._read_k(), 0]
-            self._grow_counters(len(k))
+            self._resize_counters(len(k))
             self._place_k(k)
-            self._show([*self._shown, 0])
+            self._shown = [*self._shown, 0]
 
     def _resolve_schedule(self, group: dict[str, Any]) -> None:
         """Give a new group its schedule, its peak and its first rate."""
@@ -363,16 +363,16 @@ class FusedAdamW(Optimizer):
             if isinstance(wrapped.get("schedule"), (list, tuple)):
                 set_quietly(wrapped, "schedule", Schedule.from_numbers(wrapped["schedule"]))
             schedule = wrapped.get("schedule")
-            if schedule is not None and i < len(self._shown):
+            if schedule is not None and "initial_lr" in wrapped and i < len(self._shown):
                 # a plain dict does not tell who wrote; a rate that is not ours did come from outside
                 ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self._shown[i], self._mirror.k[i])}
                 if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
                     self._writes.add(id(wrapped))
-        missing = len(self.param_groups) - len(self._mirror.k)
-        if missing > 0:
-            k = self._read_k() + [0] * missing
-            self._grow_counters(len(k))
+        if len(self.param_groups) != len(self._mirror.k):
+            k = (self._read_k() + [0] * len(self.param_groups))[: len(self.param_groups)]
+            self._resize_counters(len(k))
             self._place_k(k)
+            self._shown = (self._shown + [0] * len(k))[: len(k)]
         for i, group in enumerate(self.param_groups):
             # a schedule assigned to a running group is resolved as one given at the start
             if group.get("schedule") is not None:
@@ -449,11 +449,12 @@ class FusedAdamW(Optimizer):
                 getattr(self._counters, name).copy_(getattr(old, name))
             self._place_k(k)
 
-    def _grow_counters(self, groups: int) -> None:
+    def _resize_counters(self, groups: int) -> None:
         old, device = self._counters, self._counters.k.device
         self._counters = Counters.zeros(groups, device)
+        kept = min(groups, old.k.numel())
         for name in ("skipped", "skips_in_row", "lr", "grad_norm", "coef"):
-            getattr(self._counters, name)[: old.k.numel()] = getattr(old, name)
+            getattr(self._counters, name)[:kept] = getattr(old, name)[:kept]
 
     def _place_k(self, k: list[int]) -> None:
         self._counters.k.copy_(torch.tensor(k))

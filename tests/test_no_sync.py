@@ -1,0 +1,129 @@
+"""The step never reads a tensor on the host: shown without a GPU, and that the checks can tell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from wrong import steps as wrong_steps
+
+import fusedlr
+from fusedlr import backends, reference
+
+# bench is run from the checkout; where only the tests are, there is no bench to test
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+gpu_suite = pytest.importorskip("bench.gpu_suite")
+from bench import syncs  # noqa: E402
+
+SCHEDULES = [
+    fusedlr.constant(),
+    fusedlr.cosine(warmup_steps=2, total_steps=10),
+    fusedlr.cosine(total_steps=10, num_cycles=0.7),
+    fusedlr.cosine_with_restarts(warmup_steps=2, total_steps=10, num_cycles=2),
+    fusedlr.polynomial(total_steps=10, power=2.0).resolve(1.0),
+    fusedlr.inverse_sqrt(warmup_steps=2),
+    fusedlr.warmup_stable_decay(3, 3, 10, warmup_type="1-sqrt", decay_type="1-sqrt"),
+]
+
+
+def meta_step(step_: Callable[..., None], schedule: fusedlr.Schedule, **options: Any) -> None:
+    """One step on tensors that have no values: whatever looks at one raises."""
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    rows = [
+        reference.Row(*(tensor(4, 3) for _ in range(4)), tensor(4, 3) if options.get("amsgrad") else None, tensor())
+        for _ in range(2)
+    ]
+    group = reference.GroupStep(
+        index=0,
+        rows=rows,
+        lr=schedule,
+        peak=1.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.1,
+        amsgrad=False,
+        maximize=True,
+        max_grad_norm=1.0,
+    )
+    signals = reference.Signals(grad_scale=tensor(1), found_inf=tensor(1))
+    counters = reference.Counters.zeros(1, torch.device("meta"))
+    step_([replace(group, **options)], counters, signals, joint=True, skip_nonfinite=True)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("options", ({}, {"amsgrad": True}, {"max_grad_norm": None}), ids=repr)
+def test_reference_step_runs_without_values(schedule: fusedlr.Schedule, options: dict[str, Any]) -> None:
+    meta_step(reference.step_, schedule, **options)
+
+
+def test_a_syncing_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = wrong_steps.load("host decides to skip", wrong_steps.SYNCS)
+    with pytest.raises(RuntimeError, match="meta"):
+        meta_step(wrong.step_, fusedlr.constant())
+    entry = replace(backends.BACKENDS["reference"], step_=wrong.step_)
+    monkeypatch.setitem(backends.BACKENDS, "reference", entry)
+    found = gpu_suite.look_for_syncs("reference", "cpu", steps=2)
+    assert not found["passed"]
+    assert found["forbidden events"] == {"aten::_local_scalar_dense": 2}
+
+
+@pytest.mark.gpu
+def test_a_syncing_step_is_caught_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = wrong_steps.load("host decides to skip", wrong_steps.SYNCS)
+    entry = replace(backends.BACKENDS["reference"], step_=wrong.step_)
+    monkeypatch.setitem(backends.BACKENDS, "reference", entry)
+    found = gpu_suite.look_for_syncs("reference", "cuda", steps=2)
+    assert not found["passed"]
+    assert found["debug mode"] is not None
+    assert any(name.startswith("Memcpy DtoH") for name in found["forbidden events"])
+
+
+def test_what_counts_as_a_sync() -> None:
+    queued = ["cudaLaunchKernel", "cudaMemcpyAsync", "Memcpy HtoD (Pinned -> Device)", "cudaEventRecord", "aten::add_"]
+    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cuMemcpyDtoH_v2", "cudaEventSynchronize"]
+    copies = ["Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH (Device -> Pageable)", "aten::_local_scalar_dense"]
+    assert not syncs.forbidden(queued)
+    assert set(syncs.forbidden(queued + waits + copies)) == {*waits, *copies}
+
+
+def test_suite_runs_in_reduced_form(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    assert gpu_suite.main(["--device", "cpu", "--steps", "2", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert results["failed"] == []
+    assert results["tests"]["tests"] > 0
+    assert results["syncs reference"]["passed"]
+    assert "[1/" in capfd.readouterr().out
+
+
+def test_suite_keeps_what_it_has_when_a_section_breaks(tmp_path: Path) -> None:
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("no luck")
+
+    path = tmp_path / "results.json"
+    sections = [("first", lambda: {"a": 1}), ("broken", broken), ("last", lambda: {"b": 2})]
+    assert gpu_suite.run_sections(sections, "cpu", path) == 1
+    text = path.read_text()
+    assert '"a": 1' in text and "RuntimeError: no luck" in text and '"b": 2' in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    ((["--steps", "0"], "--steps 0"), (["--device", "tpu"], "tpu"), (["--out", "/dev/null/x"], "/dev/null/x")),
+)
+def test_suite_names_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        gpu_suite.main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
