@@ -196,6 +196,7 @@ class FusedAdamW(Optimizer):
                 loss = closure()
         self._adopt_groups()
         signals = Signals(checks.one_element(self, "grad_scale"), checks.one_element(self, "found_inf"))
+        backend = self._backend()
         fresh = not self.state
         rows = self._plan.gather(self.param_groups, self.state)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -206,13 +207,7 @@ class FusedAdamW(Optimizer):
             self._group_step(i, group, rows[i], written[i], fresh)
             for i, group in enumerate(self.param_groups)
         ]
-        self._backend().step_(  # type: ignore[misc]
-            steps,
-            self._counters,
-            signals,
-            joint=self.groups == "joint",
-            skip_nonfinite=self.nonfinite == "skip",
-        )
+        backend.step_(steps, self._counters, signals, joint=self.groups == "joint")  # type: ignore[misc]
         self._after_step(steps, written)
         return loss
 
@@ -224,6 +219,7 @@ class FusedAdamW(Optimizer):
         lr: Schedule | float | Tensor = schedule if driven else group["lr"]  # type: ignore[assignment]
         # checkpoint tools make a step at lr 0 only to have the state allocated: it is not part of the run
         allocation = schedule is not None and fresh and not isinstance(lr, (Schedule, Tensor)) and lr == 0
+        max_grad_norm = group.get("max_grad_norm", self.max_grad_norm)
         return GroupStep(
             index=index,
             rows=rows,
@@ -234,7 +230,8 @@ class FusedAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
-            max_grad_norm=group.get("max_grad_norm", self.max_grad_norm),
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=self._nonfinite(max_grad_norm) == "skip",
             advance=not allocation,
         )
 
@@ -257,7 +254,9 @@ class FusedAdamW(Optimizer):
     def _warn_write(self, index: int, group: dict[str, Any]) -> None:
         asked = group["schedule"].lr_at(self._mirror.k[index], group["initial_lr"])
         # another formula for the same rate rounds differently
-        if self._warned_write or math.isclose(group["lr"], asked, rel_tol=1e-6, abs_tol=1e-9 * group["initial_lr"]):
+        if self._warned_write or math.isclose(
+            group["lr"], asked, rel_tol=1e-6, abs_tol=1e-9 * group["initial_lr"]
+        ):
             return
         self._warned_write = True
         warn(
@@ -563,7 +562,10 @@ class FusedAdamW(Optimizer):
     @property
     def nonfinite(self) -> str:
         """`"skip"` or `"propagate"`."""
-        default = "skip" if self.max_grad_norm is not None else "propagate"
+        return self._nonfinite(self.max_grad_norm)
+
+    def _nonfinite(self, max_grad_norm: float | None) -> str:
+        default = "skip" if max_grad_norm is not None else "propagate"
         return self._settings["nonfinite"] or default
 
     @property

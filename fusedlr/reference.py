@@ -51,6 +51,7 @@ class GroupStep:
     amsgrad: bool
     maximize: bool
     max_grad_norm: float | None
+    skip_nonfinite: bool  # skip a step whose gradient norm is not finite
     advance: bool = True  # whether k counts this step
 
 
@@ -124,9 +125,7 @@ class Counters:
 
 
 @torch.no_grad()
-def step_(
-    groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool, skip_nonfinite: bool
-) -> None:
+def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool) -> None:
     """Make one optimizer step, in place.
 
     Args:
@@ -134,18 +133,15 @@ def step_(
         counters: of all groups; `k`, `skipped` and the values used are updated.
         signals: the scaler's `grad_scale` and `found_inf`; any `found_inf` but 0, nan included, skips.
         joint: one norm, one decision to skip and one advance over all groups, else one per group.
-        skip_nonfinite: skip a step whose gradient norm is not finite.
     """
     for scope in [groups] if joint else [[group] for group in groups if group.rows]:
-        _scope_step_(scope, counters, signals, skip_nonfinite)
+        _scope_step_(scope, counters, signals)
 
 
-def _scope_step_(
-    scope: Sequence[GroupStep], counters: Counters, signals: Signals, skip_nonfinite: bool
-) -> None:
+def _scope_step_(scope: Sequence[GroupStep], counters: Counters, signals: Signals) -> None:
     """One step of the groups that are clipped and skipped together."""
     xp = counters.math
-    max_grad_norm = scope[0].max_grad_norm if scope else None
+    max_grad_norm, skip_nonfinite = scope[0].max_grad_norm, scope[0].skip_nonfinite
     skip = torch.zeros((), dtype=torch.bool, device=xp.device)
     if signals.found_inf is not None:
         skip = xp.scalar(signals.found_inf) != 0

@@ -40,7 +40,9 @@ def meta_step(step_: Callable[..., None], schedule: fusedlr.Schedule, **options:
         return torch.empty(shape, device="meta")
 
     rows = [
-        reference.Row(*(tensor(4, 3) for _ in range(4)), tensor(4, 3) if options.get("amsgrad") else None, tensor())
+        reference.Row(
+            *(tensor(4, 3) for _ in range(4)), tensor(4, 3) if options.get("amsgrad") else None, tensor()
+        )
         for _ in range(2)
     ]
     group = reference.GroupStep(
@@ -54,10 +56,11 @@ def meta_step(step_: Callable[..., None], schedule: fusedlr.Schedule, **options:
         amsgrad=False,
         maximize=True,
         max_grad_norm=1.0,
+        skip_nonfinite=True,
     )
     signals = reference.Signals(grad_scale=tensor(1), found_inf=tensor(1))
     counters = reference.Counters.zeros(1, torch.device("meta"))
-    step_([replace(group, **options)], counters, signals, joint=True, skip_nonfinite=True)
+    step_([replace(group, **options)], counters, signals, joint=True)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
@@ -89,9 +92,25 @@ def test_a_syncing_step_is_caught_on_the_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_counts_as_a_sync() -> None:
-    queued = ["cudaLaunchKernel", "cudaMemcpyAsync", "Memcpy HtoD (Pinned -> Device)", "cudaEventRecord", "aten::add_"]
-    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cuMemcpyDtoH_v2", "cudaEventSynchronize"]
-    copies = ["Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH (Device -> Pageable)", "aten::_local_scalar_dense"]
+    queued = [
+        "cudaLaunchKernel",
+        "cudaMemcpyAsync",
+        "Memcpy HtoD (Pinned -> Device)",
+        "cudaEventRecord",
+        "aten::add_",
+    ]
+    waits = [
+        "cudaStreamSynchronize",
+        "cudaDeviceSynchronize",
+        "cudaMemcpy",
+        "cuMemcpyDtoH_v2",
+        "cudaEventSynchronize",
+    ]
+    copies = [
+        "Memcpy DtoH (Device -> Pinned)",
+        "Memcpy DtoH (Device -> Pageable)",
+        "aten::_local_scalar_dense",
+    ]
     assert not syncs.forbidden(queued)
     assert set(syncs.forbidden(queued + waits + copies)) == {*waits, *copies}
 
@@ -120,9 +139,15 @@ def test_suite_keeps_what_it_has_when_a_section_breaks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    ((["--steps", "0"], "--steps 0"), (["--device", "tpu"], "tpu"), (["--out", "/dev/null/x"], "/dev/null/x")),
+    (
+        (["--steps", "0"], "--steps 0"),
+        (["--device", "tpu"], "tpu"),
+        (["--out", "/dev/null/x"], "/dev/null/x"),
+    ),
 )
-def test_suite_names_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suite_names_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         gpu_suite.main(arguments)
     assert exit_.value.code == 2
