@@ -178,7 +178,7 @@ class Schedule:
                 if not isinstance(level, Absolute) and not (math.isfinite(level) and level >= 0):
                     raise ValueError(f"a level must be a finite ratio of the peak >= 0, got {phase}")
             last = int(phase.shape_param) + phase.end - phase.origin
-            if phase.shape == "table" and not phase.shape_param <= last < len(self.table):
+            if phase.shape == "table" and not 0 <= phase.shape_param <= last < len(self.table):
                 raise ValueError(f"table has {len(self.table)} values, too few for {phase}")
         if self.total_steps is not None:
             _count("total_steps", self.total_steps, at_least=1)

@@ -93,4 +93,6 @@ def test_a_lora_run_is_as_close_to_stock_as_stock_is_to_itself(device: str, back
     assert max(abs(a - b) for a, b in zip(losses, stock_losses, strict=True)) < 1e-4
     assert far(weights) <= STOCK_DISTANCE_RATIO * far(fused_weights)
     assert far(wrong_weights) >= OFF_BY_ONE_RATIO * far(weights)
-    print(f"ours {far(weights):.3g}, stock fused {far(fused_weights):.3g}, off by one {far(wrong_weights):.3g}")
+    print(
+        f"ours {far(weights):.3g}, stock fused {far(fused_weights):.3g}, off by one {far(wrong_weights):.3g}"
+    )

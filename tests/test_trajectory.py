@@ -16,6 +16,7 @@ from fusedlr import backends
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+
 def distance(a: Run, b: Run) -> float:
     """Largest relative difference over parameters and moments."""
     keys = (*MOMENTS, *(["max_exp_avg_sq"] if a.optimizer.defaults["amsgrad"] else []))
@@ -112,7 +113,9 @@ def errors(case: Case, dtype: torch.dtype, device: str, **options: object) -> tu
     return squared_error(ours.params, oracle.params), squared_error(theirs.params, oracle.params)
 
 
-def rms_ratio(cases: list[Case] | tuple[Case, ...], dtype: torch.dtype, device: str, **options: object) -> float:
+def rms_ratio(
+    cases: list[Case] | tuple[Case, ...], dtype: torch.dtype, device: str, **options: object
+) -> float:
     """RMS error of ours over torch's, over all elements of all cases."""
     totals = [errors(case, dtype, device, **options) for case in cases]
     ours, theirs = (sum(column) for column in zip(*totals, strict=True))
