@@ -42,10 +42,10 @@ BACKENDS = {
 }
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, source: str = "backend") -> str:
     """`name` if it is a backend or `auto`, else ValueError."""
     if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend={name!r} is unknown, expected one of auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}={name!r} is unknown, expected one of auto, {', '.join(BACKENDS)}")
     return name
 
 
@@ -55,6 +55,12 @@ def reasons(devices: Iterable[torch.device]) -> dict[str, str | None]:
     return {name: backend.why_not(devices) for name, backend in BACKENDS.items()}
 
 
+def requested(name: str) -> tuple[str, str]:
+    """The backend to look for, and where it was asked for: `FUSEDLR_BACKEND` overrides the argument."""
+    override = os.environ.get("FUSEDLR_BACKEND")
+    return (override, "FUSEDLR_BACKEND") if override else (name, "backend")
+
+
 def choose(name: str, devices: Iterable[torch.device]) -> Backend:
     """The backend called `name`, or the fastest that can run for `auto`. `FUSEDLR_BACKEND` overrides `name`.
 
@@ -62,13 +68,12 @@ def choose(name: str, devices: Iterable[torch.device]) -> Backend:
         ValueError: no backend has that name.
         RuntimeError: a backend asked for by name cannot run; says why.
     """
-    override = os.environ.get("FUSEDLR_BACKEND")
-    name = check_name(override or name)
+    name, source = requested(name)
+    check_name(name, source)
     why_not = reasons(devices)
     if name == "auto":
         return next(BACKENDS[candidate] for candidate, reason in why_not.items() if reason is None)
     if why_not[name] is not None:
-        source = "FUSEDLR_BACKEND" if override else "backend"
         raise RuntimeError(f"{source}={name!r} cannot run here: {why_not[name]}")
     return BACKENDS[name]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from itertools import chain, pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,14 @@ def check(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> dict[Any, Tensor
             f"the loaded state dict has {len(theirs)} parameter groups, this optimizer has {len(ours)}"
         )
     for i, (mine, saved) in enumerate(zip(ours, theirs, strict=True)):
+        for key in ("params", "lr"):
+            if key not in saved:
+                raise ValueError(f"group {i} of the loaded state dict has no {key!r}")
+        for key in ("k", "k_at_step"):
+            if not isinstance(saved.get(key, 0), int):
+                raise ValueError(
+                    f"group {i} of the loaded state dict has {key}={saved[key]!r}, expected an integer"
+                )
         if len(mine["params"]) != len(saved["params"]):
             raise ValueError(
                 f"group {i} of the loaded state dict has {len(saved['params'])} parameters, "
@@ -63,24 +72,32 @@ def _misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     if missing:
         return f"its loaded state has no {', '.join(missing)}, only {', '.join(map(str, entry))}"
     for key in MOMENTS:
+        if key in entry and not isinstance(entry[key], Tensor):
+            return f"its loaded {key} is a {type(entry[key]).__name__}, expected a tensor"
         if key in entry and entry[key].shape != p.shape:
             return f"its loaded {key} has shape {tuple(entry[key].shape)}, the parameter has {tuple(p.shape)}"
     step = entry["step"]
     if isinstance(step, Tensor) and step.numel() != 1:
         return f"its loaded step has shape {tuple(step.shape)}, expected one element"
+    if not isinstance(step, (Tensor, Real)):
+        return f"its loaded step is {step!r}, expected a number"
     return None
 
 
 def load_state(optimizer: FusedAdamW, saved: dict[Any, Any], by_id: dict[Any, Tensor]) -> dict[Any, Any]:
     """A new `state` mapping; tensors that fit are kept and filled, so that captured addresses stay valid."""
-    state: dict[Any, Any] = {}
-    for saved_id, entry in saved.items():
-        p = by_id.get(saved_id)
-        if p is None:
-            # torch keeps entries that belong to no parameter
-            state[saved_id] = copy.deepcopy(entry)
-            continue
-        old = optimizer.state.get(p, {})
+    # torch keeps entries that belong to no parameter
+    state = {key: copy.deepcopy(entry) for key, entry in saved.items() if key not in by_id}
+    entries = {p: dict(saved[saved_id]) for saved_id, p in by_id.items() if saved_id in saved}
+    current = {p: optimizer.state.get(p) or {} for p in entries}
+    live = {id(value) for entry in current.values() for value in entry.values()}
+    for p, entry in entries.items():
+        for key, value in entry.items():
+            # a tensor in use for another parameter would be overwritten before it is read
+            if id(value) in live and value is not current[p].get(key) and isinstance(value, Tensor):
+                entry[key] = value.clone()
+    for p, entry in entries.items():
+        old = current[p]
         state[p] = {key: _load_value(optimizer, p, key, value, old.get(key)) for key, value in entry.items()}
     return state
 
@@ -98,10 +115,8 @@ def _load_value(optimizer: FusedAdamW, p: Tensor, key: str, value: Any, old: Any
         isinstance(old, Tensor) and old.shape == new.shape and old.dtype == dtype and old.device == p.device
     )
     target = old if fits else torch.empty_like(new, dtype=dtype, device=p.device)
-    # the caller may pass the very tensors that are in use
-    if target is not value:
-        with torch.no_grad():
-            target.copy_(new)
+    with torch.no_grad():
+        target.copy_(new)
     return target
 
 
@@ -120,6 +135,11 @@ def load_groups(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> list[dict
             group.setdefault("param_names", mine["param_names"])
         if "schedule" in mine:
             group["schedule"] = mine["schedule"]
+        if "max_grad_norm" in mine:
+            group.setdefault("max_grad_norm", mine["max_grad_norm"])
+        if optimizer.groups == "joint":
+            # joint groups share the optimizer's own
+            group.pop("max_grad_norm", None)
         if isinstance(mine.get("schedule"), Schedule):
             group.setdefault("initial_lr", float(group["lr"]))
         groups.append(group)
@@ -130,7 +150,8 @@ def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any], by_id: dict[Any, T
     """The step every group's schedule continues at: what was saved, plus the updates made elsewhere since."""
     latest = _max_steps(optimizer, state_dict)
     return [
-        group["k"] + t - group["k_at_step"] if "k" in group and "k_at_step" in group else max(latest)
+        # below 0 only if the states that were counted are not in the file
+        max(group["k"] + t - group["k_at_step"], 0) if "k" in group and "k_at_step" in group else t
         for group, t in zip(state_dict["param_groups"], latest, strict=True)
     ]
 

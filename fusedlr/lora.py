@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 # PEFT's names: lora_A and lora_B of linear and convolution layers, lora_embedding_A and _B of embeddings
 _A_NAMES = ("lora_A", "lora_embedding_A")
 _B_NAMES = ("lora_B", "lora_embedding_B")
-_MAGNITUDE = "lora_magnitude_vector"
+_WHOLE = "modules_to_save"
+# adapters of embeddings, rows of embeddings, and DoRA's magnitudes
+_NO_DECAY = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta", "lora_magnitude_vector")
 
 
 def param_groups(
@@ -19,8 +22,9 @@ def param_groups(
     """Param groups of everything trainable in a PEFT model, for `FusedAdamW` or any torch optimizer.
 
     LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the B matrices learn at `b_lr_ratio * lr`, all else at `lr`.
-    Decay is applied to matrices only: not to tensors of fewer than two dimensions (biases, norms), not to embeddings, not to DoRA
-    magnitudes. Whole layers trained through `modules_to_save` are handled by the same rules at rate `lr`.
+    Decay is applied to matrices only: not to tensors of fewer than two dimensions (biases, norms), not to
+    embeddings, not to DoRA magnitudes. Whole layers trained through `modules_to_save` are handled by the same
+    rules at rate `lr`.
 
     Args:
         model: a model with trainable LoRA adapters; frozen parameters are left out.
@@ -41,9 +45,9 @@ def param_groups(
     [('lora_A', 0.0001), ('lora_B', 0.0016)]
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
+        if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value!r} must be a finite number >= 0")
-    if not (math.isfinite(b_lr_ratio) and b_lr_ratio > 0):
+    if not (isinstance(b_lr_ratio, Real) and math.isfinite(b_lr_ratio) and b_lr_ratio > 0):
         raise ValueError(f"b_lr_ratio={b_lr_ratio!r} must be a finite number above 0")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     looked_for = f"looked for trainable parameters named {', '.join((*_A_NAMES, *_B_NAMES))}"
@@ -68,31 +72,31 @@ def param_groups(
     if not any(name.startswith("lora_") for name in groups):
         some = ", ".join(list(trainable)[:3])
         raise ValueError(
-            f"{type(model).__name__} has {len(trainable)} trainable parameters ({some}, ...) but no LoRA matrix; {looked_for}"
+            f"{type(model).__name__} has {len(trainable)} trainable parameters ({some}, ...) "
+            f"but no LoRA matrix; {looked_for}"
         )
     return [groups[key] for key in sorted(groups)]
 
 
+def _role(name: str) -> str | None:
+    """The part of a parameter's name by which PEFT stores it; the adapter's own name comes after it."""
+    return next(
+        (part for part in name.split(".") if part in (*_A_NAMES, *_B_NAMES, *_NO_DECAY, _WHOLE)), None
+    )
+
+
 def _kind(name: str) -> str:
-    parts = name.split(".")
-    # a layer saved whole is trained whole, whatever its parts are called
-    if "modules_to_save" in parts:
-        return "other"
-    if any(part in _A_NAMES for part in parts):
-        return "lora_A"
-    if any(part in _B_NAMES for part in parts):
-        return "lora_B"
-    return "other"
+    role = _role(name)
+    return "lora_A" if role in _A_NAMES else "lora_B" if role in _B_NAMES else "other"
 
 
 def _decays(model: nn.Module, name: str, p: Tensor) -> bool:
-    parts = name.split(".")
-    owner = model.get_submodule(".".join(parts[:-1]))
-    embedding = isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) or any(
-        "embedding" in part for part in parts
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return (
+        p.dim() >= 2
+        and not isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
+        and _role(name) not in _NO_DECAY
     )
-    tokens = any("trainable_tokens" in part for part in parts)
-    return p.dim() >= 2 and not embedding and not tokens and _MAGNITUDE not in parts
 
 
 __all__ = ["param_groups"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -137,9 +138,7 @@ class FusedAdamW(Optimizer):
         self._view: weakref.ref[ScheduleView] | None = None
         self._k_loaded: list[int] | None = None
         self._warned_write = self._warned_fallback = False
-        self._counters = Counters.zeros(
-            len(k), next((p.device for p in self._trainable()), torch.device("cpu"))
-        )
+        self._counters = Counters.zeros(len(k), self._device(torch.device("cpu")))
         self._mirror = Mirror(self._counters)
         if skipped:
             self._counters.skipped.copy_(torch.tensor(skipped))
@@ -260,8 +259,9 @@ class FusedAdamW(Optimizer):
             return
         self._warned_write = True
         warn(
-            f"lr={float(group['lr']):g} was assigned to group {index} from outside and is used for this step, where "
-            f"the optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass schedule=None"
+            f"lr={float(group['lr']):g} was assigned to group {index} from outside and is used for this step, "
+            f"where the optimizer's own schedule gives {asked:g}: another scheduler is at work. "
+            "Remove it, or pass schedule=None"
         )
 
     def _check_capture(self, rows: list[list[Any]], fresh: bool) -> None:
@@ -372,7 +372,7 @@ class FusedAdamW(Optimizer):
             self._resize_counters(len(k))
             self._place_k(k)
             self._shown = (self._shown + [0] * len(k))[: len(k)]
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             # a schedule assigned to a running group is resolved as one given at the start
             if group.get("schedule") is not None:
                 checks.schedule(group["schedule"])
@@ -383,6 +383,7 @@ class FusedAdamW(Optimizer):
     # --- what the host shows
 
     @property
+    @torch._disable_dynamo
     def scheduler(self) -> ScheduleView:
         """A view of the schedule with the face of an `LRScheduler`, for trainers and loggers."""
         view = self._view() if self._view is not None else None
@@ -392,6 +393,7 @@ class FusedAdamW(Optimizer):
             self._view = weakref.ref(view)
         return view
 
+    @torch._disable_dynamo
     def metrics(self) -> dict[str, Tensor]:
         """What the last step used, as new tensors on the device; no copy to the host.
 
@@ -405,6 +407,7 @@ class FusedAdamW(Optimizer):
             shared = {name: value[0] for name, value in shared.items()}
         return {name: value.clone() for name, value in {"lr": c.lr, **shared, "step": c.k}.items()}
 
+    @torch._disable_dynamo
     def last_metrics(self) -> dict[str, Any]:
         """`metrics` in plain numbers, as of the last copy that has reached the host; starts the next copy.
 
@@ -413,7 +416,7 @@ class FusedAdamW(Optimizer):
         self._mirror.refresh()
         values = self._mirror.metrics
         if self.groups == "joint":
-            return {k: v if k in ("lr", "step") else v[0] for k, v in values.items()}
+            return {k: list(v) if k in ("lr", "step") else v[0] for k, v in values.items()}
         return {name: list(value) for name, value in values.items()}
 
     def _show(self, k: list[int]) -> None:
@@ -438,9 +441,13 @@ class FusedAdamW(Optimizer):
     def _trainable(self) -> Iterable[Tensor]:
         return trainable(self.param_groups)
 
+    def _device(self, default: torch.device) -> torch.device:
+        # a model on the meta device is filled in later
+        return next((p.device for p in self._trainable() if p.device.type != "meta"), default)
+
     def _place_counters(self) -> None:
         """Keep the counters on the device of the first trainable parameter."""
-        device = next((p.device for p in self._trainable()), self._counters.k.device)
+        device = self._device(self._counters.k.device)
         if device != self._counters.k.device:
             old, k = self._counters, self._read_k()
             self._counters = Counters.zeros(len(k), device)
@@ -482,13 +489,22 @@ class FusedAdamW(Optimizer):
         for group, k, t in zip(self.param_groups, self._read_k(), latest, strict=True):
             if group.get("schedule") is not None:
                 group["k"], group["k_at_step"] = k, t
-        state_dict = super().state_dict()
+        # post-hooks are to see what is saved, so they run on the finished dict
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            state_dict = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
         for packed, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             if isinstance(packed.get("schedule"), Schedule):
                 packed["schedule"] = packed["schedule"].to_numbers()
             # stock AdamW then keeps its step counts on the device
             if any(p.device.type == "cuda" for p in group["params"]):
                 packed["fused"] = True
+        for hook in hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
         return state_dict
 
     @torch._disable_dynamo
@@ -581,7 +597,7 @@ class FusedAdamW(Optimizer):
     def _backend(self, warn: bool = True) -> backends.Backend:
         devices = {p.device for p in self._trainable()}
         backend = backends.choose(self._settings["backend"], devices)
-        fallback = backend.name == "reference" and self._settings["backend"] == "auto"
+        fallback = backend.name == "reference" and backends.requested(self._settings["backend"])[0] == "auto"
         if warn and fallback and not self._warned_fallback:
             self._warned_fallback = True
             backends.warn_fallback(devices)

@@ -7,6 +7,7 @@ of update counts per device, of which every `state[p]["step"]` is a view.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class Plan:
     def _place_counters(self, groups: list[dict[str, Any]], state: State, found: list[list[Tensor]]) -> None:
         """Let every `state[p]["step"]` be a view into one tensor per device."""
         params = [p for some in found for p in some]
-        if any(p not in self._steps or self._steps[p].device != p.device for p in params):
+        moved = any(p not in self._steps or self._steps[p].device != p.device for p in params)
+        # parameters that are gone must not be kept alive here
+        if moved or len(self._steps) != sum(1 for _ in trainable(groups)):
             self._steps = _views(list(trainable(groups)))
             # every view is new now, also of parameters without a gradient in this step
             params = [p for p in self._steps if state.get(p)]
@@ -126,6 +129,10 @@ def _misfit(p: Tensor, grad: Tensor | None) -> str | None:
         return f"its gradient has shape {tuple(grad.shape)} but the parameter has {tuple(p.shape)}"
     if not p.is_floating_point():
         return f"a parameter of dtype {p.dtype} cannot be optimized"
+    if p.device.type == "meta":
+        return "a parameter on the meta device has no numbers to update"
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        return f"a parameter whose elements share memory, stride {p.stride()}, cannot be updated in place"
     return None
 
 
@@ -135,10 +142,17 @@ def _state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
         value = entry.get(key) if entry else None
         if value is None:
             continue
+        if not isinstance(value, Tensor):
+            return f"its {key} is a {type(value).__name__}, expected a tensor"
         if value.shape != p.shape:
             return f"its {key} has shape {tuple(value.shape)} but the parameter has {tuple(p.shape)}"
         if value.device != p.device:
             return f"its {key} is on {value.device} but the parameter is on {p.device}"
+    step = entry.get("step", 0) if entry else 0
+    if isinstance(step, Tensor) and step.numel() != 1:
+        return f"its step has shape {tuple(step.shape)}, expected one element"
+    if not isinstance(step, (Tensor, Real)):
+        return f"its step is {step!r}, expected a number"
     return None
 
 

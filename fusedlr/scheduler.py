@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ class ScheduleView(LRScheduler):
     def _last_lr(self) -> list[float]:  # type: ignore[override]
         return self.get_last_lr()
 
+    # torch.compile cannot follow groups that are no plain dicts
+    @torch._disable_dynamo
     def step(self, epoch: int | None = None) -> None:
         """Show the rate of the coming update in `group["lr"]`. `epoch` is accepted and has no effect."""
         self.optimizer._show_next()
 
+    @torch._disable_dynamo
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """Per group, the rate of the update just made, or of the coming one after `step()`; plain floats."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -57,7 +61,10 @@ class ScheduleView(LRScheduler):
         return self.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """The keys of `LambdaLR`'s state in plain numbers, and `k`: updates made, per group."""
+        """The keys of `LambdaLR`'s state in plain numbers, and `k`: updates made, per group.
+
+        A `LambdaLR` that loads it leaves `k` alone and counts on in `last_epoch`: `k_at_epoch` tells how far.
+        """
         return {
             "base_lrs": self.base_lrs,
             "last_epoch": self.last_epoch,
@@ -67,6 +74,7 @@ class ScheduleView(LRScheduler):
             "_last_lr": self.get_last_lr(),
             "lr_lambdas": [None] * len(self.optimizer.param_groups),
             "k": self.optimizer._read_k(),
+            "k_at_epoch": self.last_epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -79,10 +87,11 @@ class ScheduleView(LRScheduler):
         """
         groups = len(self.optimizer.param_groups)
         k = state_dict.get("k")
-        if not (isinstance(k, list) and len(k) == groups):
-            k = [state_dict.get("last_epoch")] * groups
         try:
-            steps = [operator.index(step) for step in k]
+            epoch = operator.index(state_dict.get("last_epoch"))  # type: ignore[arg-type]
+            steps = [epoch] * groups
+            if isinstance(k, list) and len(k) == groups and "k_at_epoch" in state_dict:
+                steps = [operator.index(step) + epoch - state_dict["k_at_epoch"] for step in k]
         except TypeError:
             raise ValueError(
                 f"last_epoch={state_dict.get('last_epoch')!r} in the scheduler's state is not an integer"
