@@ -1,4 +1,4 @@
-"""Does a step make the host wait for the GPU, or copy anything to it? Two checks, each with its own blind spots."""
+"""Does a step make the host wait for the GPU, or copy anything to the host? Two checks."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedlr import reference
-from fusedlr.report import warn
+from fusedlr.warn import warn
 
 
 class FallbackWarning(UserWarning):

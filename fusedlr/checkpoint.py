@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fusedlr.plan import parameter_name
-from fusedlr.report import warn
 from fusedlr.schedule import Schedule
+from fusedlr.warn import warn
 
 if TYPE_CHECKING:
     from fusedlr.optimizer import FusedAdamW

@@ -30,15 +30,17 @@ class ParamGroup(dict[str, Any]):
             self._writes.add(id(self))
 
     def setdefault(self, key: str, default: Any = None) -> Any:
+        """As of dict; setting a missing `lr` is a write."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def update(self, *args: Any, **kwargs: Any) -> None:
+        """As of dict; an `lr` among the items is a write."""
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
-    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[misc]
+    def __ior__(self, other: Any) -> ParamGroup:  # type: ignore[override,misc]
         self.update(other)
         return self
 

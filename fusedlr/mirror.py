@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedlr.reference import Counters
-from fusedlr.report import warn
+from fusedlr.warn import warn
 
 # dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
 _SKIPS_TO_WARN = 10

@@ -19,9 +19,9 @@ from fusedlr.groups import ParamGroup, set_quietly
 from fusedlr.mirror import Mirror
 from fusedlr.plan import Plan, trainable
 from fusedlr.reference import Counters, GroupStep, Signals
-from fusedlr.report import warn
 from fusedlr.schedule import Schedule
 from fusedlr.scheduler import ScheduleView
+from fusedlr.warn import warn
 
 
 class FusedAdamW(Optimizer):
@@ -39,7 +39,7 @@ class FusedAdamW(Optimizer):
         params: parameters, named parameters or dicts of param groups, as torch takes them. A group may have
             its own `lr` (peak), `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`, `schedule`, and with
             `groups="independent"` its own `max_grad_norm`.
-        lr: peak learning rate, >= 0. Without a schedule it may be a tensor of one element, read on the device.
+        lr: peak learning rate, >= 0. Without a schedule may be a tensor of one element, read on its device.
         betas: decay rates of the moments, in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decoupled decay, >= 0.
@@ -120,7 +120,7 @@ class FusedAdamW(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "foreach": foreach,
-            "capturable": capturable,
+            "capturable": False,
             "differentiable": False,
             "fused": fused,
             "decoupled_weight_decay": True,
@@ -215,16 +215,20 @@ class FusedAdamW(Optimizer):
     ) -> GroupStep:
         schedule = group.get("schedule")
         driven = schedule is not None and not written
-        lr: Schedule | float | Tensor = schedule if driven else group["lr"]  # type: ignore[assignment]
+        lr: Any = schedule if driven else group["lr"]
+        if not isinstance(lr, (Schedule, Tensor)):
+            # what is not a number must raise here, before any group has been updated
+            lr = float(lr)
+        b1, b2 = group["betas"]
         # checkpoint tools make a step at lr 0 only to have the state allocated: it is not part of the run
-        allocation = schedule is not None and fresh and not isinstance(lr, (Schedule, Tensor)) and lr == 0
+        allocation = schedule is not None and fresh and isinstance(lr, float) and lr == 0
         max_grad_norm = group.get("max_grad_norm", self.max_grad_norm)
         return GroupStep(
             index=index,
             rows=rows,
             lr=lr,
             peak=float(group["initial_lr"]) if driven else math.nan,
-            betas=group["betas"],
+            betas=(b1, b2),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             amsgrad=group["amsgrad"],
@@ -251,17 +255,18 @@ class FusedAdamW(Optimizer):
             self._mirror.refresh()
 
     def _warn_write(self, index: int, group: dict[str, Any]) -> None:
-        asked = group["schedule"].lr_at(self._mirror.k[index], group["initial_lr"])
-        # another formula for the same rate rounds differently
-        if self._warned_write or math.isclose(
-            group["lr"], asked, rel_tol=1e-6, abs_tol=1e-9 * group["initial_lr"]
-        ):
+        lr, peak = group["lr"], group["initial_lr"]
+        asked = group["schedule"].lr_at(self._mirror.k[index], peak)
+        # another formula for the same rate rounds differently; a tensor is not read, that would wait for it
+        same = not isinstance(lr, Tensor) and math.isclose(lr, asked, rel_tol=1e-6, abs_tol=1e-9 * peak)
+        if self._warned_write or same:
             return
         self._warned_write = True
+        value = "a tensor" if isinstance(lr, Tensor) else f"{lr:g}"
         warn(
-            f"lr={float(group['lr']):g} was assigned to group {index} from outside and is used for this step, "
-            f"where the optimizer's own schedule gives {asked:g}: another scheduler is at work. "
-            "Remove it, or pass schedule=None"
+            f"lr={value} was assigned to group {index} from outside and is used for this step, where the "
+            f"optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass "
+            "schedule=None"
         )
 
     def _check_capture(self, rows: list[list[Any]], fresh: bool) -> None:
@@ -272,8 +277,8 @@ class FusedAdamW(Optimizer):
         missing = sum(p.grad is None for p in self._trainable())
         if missing:
             raise RuntimeError(
-                f"{missing} parameters have no gradient while a CUDA graph is being captured: a replay would never "
-                "update them. Call zero_grad(set_to_none=False) before the capture"
+                f"{missing} parameters have no gradient while a CUDA graph is being captured: a replay would "
+                "never update them. Call zero_grad(set_to_none=False) before the capture"
             )
 
     @torch._disable_dynamo
@@ -398,8 +403,8 @@ class FusedAdamW(Optimizer):
         """What the last step used, as new tensors on the device; no copy to the host.
 
         Returns:
-            `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef` and
-            `skipped` (steps) 0-dim, or of shape (groups,) when groups are independent.
+            `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef`
+            and `skipped` (steps) 0-dim, or of shape (groups,) when groups are independent.
         """
         c = self._counters
         shared = {"grad_norm": c.grad_norm, "coef": c.coef, "skipped": c.skipped}
@@ -472,7 +477,7 @@ class FusedAdamW(Optimizer):
         return list(self._mirror.k)
 
     def _set_k(self, k: list[int]) -> None:
-        """Continue every group's schedule at these steps; a checkpoint loaded before the next step keeps them."""
+        """Continue every group's schedule here; a checkpoint loaded before the next step keeps it so."""
         self._k_loaded = list(k)
         self._place_k(k)
         self._show(k)
@@ -498,6 +503,8 @@ class FusedAdamW(Optimizer):
         for packed, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             if isinstance(packed.get("schedule"), Schedule):
                 packed["schedule"] = packed["schedule"].to_numbers()
+            # a file of torch's may have it, and it would not load into stock AdamW on the CPU
+            packed["capturable"] = False
             # stock AdamW then keeps its step counts on the device
             if any(p.device.type == "cuda" for p in group["params"]):
                 packed["fused"] = True

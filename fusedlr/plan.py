@@ -1,7 +1,7 @@
-"""From an optimizer's groups and state to the rows of one step: gathers gradients, checks them, keeps counters.
+"""From an optimizer's groups and state to the rows of one step: gathers and checks gradients, keeps counters.
 
-Everything is checked before anything is allocated or changed. What is kept between steps is one float32 tensor
-of update counts per device, of which every `state[p]["step"]` is a view.
+Everything is checked before anything is allocated or changed. What is kept between steps is one float32
+tensor of update counts per device, of which every `state[p]["step"]` is a view.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Plan:
         outside are adopted.
 
         Raises:
-            RuntimeError: a gradient or a state entry does not fit its parameter. Nothing has been changed then.
+            RuntimeError: a gradient or state entry does not fit its parameter. Nothing has been changed then.
         """
         found = [[p for p in group["params"] if p.requires_grad and p.grad is not None] for group in groups]
         for i, (group, params) in enumerate(zip(groups, found, strict=True)):
@@ -116,7 +116,7 @@ def _misfit(p: Tensor, grad: Tensor | None) -> str | None:
     assert grad is not None
     for x, what in ((p, "a parameter"), (grad, "a gradient")):
         if type(x).__name__ == "DTensor":
-            return f"{what} that is a DTensor is not supported: the gradient norm over shards is not defined here"
+            return f"{what} that is a DTensor is not supported: no norm over shards is defined here"
         if x.is_complex():
             return f"{what} that is complex is not supported"
     if grad.layout != torch.strided:

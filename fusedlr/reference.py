@@ -71,7 +71,8 @@ class TensorMath:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.dtype = device, scalar_dtype(device)
-        self._tables: dict[Sequence[float], Tensor] = {}
+        # id of a table -> the table, so that the id stays its own, and its tensor
+        self._tables: dict[int, tuple[Sequence[float], Tensor]] = {}
 
     def scalar(self, x: Any) -> Tensor:
         """`x`, a number or a tensor of one element, as a 0-dim tensor; a number never makes the host wait."""
@@ -80,17 +81,21 @@ class TensorMath:
         return torch.full((), float(x), dtype=self.dtype, device=self.device)
 
     def real(self, x: Tensor) -> Tensor:
+        """An integer tensor in the scalars' dtype."""
         return x.to(self.dtype)
 
     def where(self, condition: Tensor, a: Any, b: Any) -> Tensor:
+        """`a` or `b`, tensors or numbers."""
         # a level that does not depend on the step is a number
         a, b = (x if isinstance(x, Tensor) else self.scalar(x) for x in (a, b))
         return torch.where(condition, a, b)
 
     def take(self, values: Sequence[float], index: Tensor) -> Tensor:
-        if values not in self._tables:
-            self._tables[values] = torch.tensor(values, dtype=self.dtype).to(self.device)
-        return self._tables[values].index_select(0, index.reshape(1)).reshape(())
+        """`values[index]`; the values are uploaded once."""
+        if id(values) not in self._tables:
+            self._tables[id(values)] = values, torch.tensor(values, dtype=self.dtype).to(self.device)
+        _, tensor = self._tables[id(values)]
+        return tensor.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
 @dataclass
@@ -174,7 +179,7 @@ def _scope_step_(scope: Sequence[GroupStep], counters: Counters, signals: Signal
 
 
 def grad_norm(grads: Sequence[Tensor], factor: Tensor | None, xp: TensorMath) -> Tensor:
-    """L2 norm of `factor * grads` over all tensors: squares and their sums in fp32 (fp64 for fp64 gradients)."""
+    """L2 norm of `factor * grads` over all tensors: squares and sums in fp32, in fp64 for fp64 gradients."""
     total = xp.scalar(0)
     for grad in grads:
         g = _compute(grad)

@@ -32,6 +32,7 @@ def cases(draw: st.DrawFn) -> Case:
     total = draw(st.integers(1, 12))
     warmup = draw(st.integers(0, total))
     period = draw(st.integers(2, 5))
+    size = draw(st.floats(1e-6, 1e6))
     return Case(
         name="drawn",
         groups=tuple(draw(groups)),
@@ -41,7 +42,7 @@ def cases(draw: st.DrawFn) -> Case:
         steps=min(total + 2, 8),
         options={"amsgrad": draw(st.booleans())},
         missing=lambda k, i: (k + i) % period == 0,
-        grad_size=lambda k, size=draw(st.floats(1e-6, 1e6)): size,
+        grad_size=lambda k: size,
     )
 
 

@@ -1,7 +1,7 @@
 """A LoRA fine-tune with stock torch and with fusedlr, and what the difference between them is worth.
 
-"Equal" is only said beside two measures of the same run: how far torch's fused and foreach steps are from each
-other, and how far a run with one more update of warm-up is.
+"Equal" is only said beside two measures of the same run: how far torch's fused and foreach steps are from
+each other, and how far a run with one more update of warm-up is.
 """
 
 from __future__ import annotations

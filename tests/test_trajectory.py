@@ -53,7 +53,8 @@ def test_16_bit_moments_are_as_good_as_those_of_torch_fused(
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_16_bit_moments_are_those_of_torch_fused(dtype: torch.dtype, device: str, backend: str) -> None:
-    # one update from the same state: the same roundings, but for a last bit where sums are ordered differently
+    # one update from the same state: the same roundings, but for a last bit where operations are ordered
+    # differently
     case = replace(FALLING, steps=1)
     ours = run(case, fused(case, backend=backend, state_dtype="param"), dtype=dtype, device=device)
     theirs = run(case, stock(case, fused=True), dtype=dtype, device=device)

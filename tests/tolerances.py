@@ -2,15 +2,16 @@
 
 # --- optimizer
 
-# fp64 trajectories, relative to the largest element of a tensor. Each update rounds about 10 times at 1.1e-16;
-# over 300 updates of one sign that is 3.3e-13, and errors of either sign mostly cancel (measured: 2e-15)
+# fp64 trajectories, relative to the largest element of a tensor. Each update rounds about 10 times at
+# 1.1e-16; over 300 updates of one sign that is 3.3e-13, and errors of either sign mostly cancel (measured:
+# 2e-15)
 FP64_TRAJECTORY = 1e-12
 
 # RMS error against the fp64 oracle over that of torch on the same input, the contract's bound
 RMS_RATIO = 1.05
 
-# what fp32 moments of 16-bit parameters leave of torch's error over 2,000 steps of falling gradients; measured:
-# 0.33 (bf16), 0.05 (fp16). The rest is the rounding of the parameters themselves
+# what fp32 moments of 16-bit parameters leave of torch's error over 2,000 steps of falling gradients;
+# measured: 0.33 (bf16), 0.05 (fp16). The rest is the rounding of the parameters themselves
 MOMENTS_RATIO = 0.5
 
 # a wrong implementation must miss FP64_TRAJECTORY by at least this factor in some case
@@ -18,8 +19,8 @@ WRONG_MARGIN = 1e3
 
 # --- training runs
 
-# a run may be this many times as far from stock foreach as stock fused is: both differ from it in the last bits,
-# which training amplifies alike, so the factor allows for luck alone
+# a run may be this many times as far from stock foreach as stock fused is: both differ from it in the last
+# bits, which training amplifies alike, so the factor allows for luck alone
 STOCK_DISTANCE_RATIO = 4.0
 
 # and a run with one more update of warm-up must be at least this many times as far as ours
