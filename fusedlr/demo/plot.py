@@ -1,0 +1,68 @@
+"""The picture: training loss, learning rate and the distance from stock, over the updates."""
+
+from pathlib import Path
+
+from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
+
+# colours that stay apart for colour-blind readers (Okabe and Ito)
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
+WIDTH, HEIGHT, DPI = 9.0, 10.5, 100  # 900 pixels wide
+
+
+def draw(results: list[Result], schedule: str, path: Path) -> None:
+    """Write the picture of `results` to `path`, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = {result.run: result for result in results}
+    ours, stock = runs[FUSEDLR], runs[STOCK]
+    updates = range(1, len(stock.losses) + 1)
+    figure, (losses, rates, gaps) = pyplot.subplots(
+        3, 1, sharex=True, figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained"
+    )
+    for axes, name in ((losses, "losses"), (rates, "lrs")):
+        axes.plot(updates, getattr(stock, name), color=BLUE, linewidth=2, label="stock AdamW and scheduler")
+        axes.plot(updates, getattr(ours, name), color=ORANGE, label="fusedlr", **_markers(len(updates)))
+        axes.legend()
+    losses.set_title("LoRA fine-tune, fusedlr against stock")
+    losses.set_ylabel("training loss (nats per token)")
+    rates.set_title(f"learning rate, {schedule}")
+    rates.set_ylabel("learning rate")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+    _gap(gaps, updates, runs.get(OFF_BY_ONE), stock, GREY, "stock, warm-up one update longer")
+    _gap(gaps, updates, runs[FOREACH], stock, GREEN, "stock foreach", marker="x", markersize=5, linewidth=1)
+    # every update, so that none of the differences is left out
+    _gap(gaps, updates, ours, stock, ORANGE, "fusedlr", **_markers(len(updates)) | {"markevery": 1})
+    # runs may agree in every bit, so the axis is linear below float32's resolution of the loss
+    gaps.set_yscale("symlog", linthresh=1e-7)
+    gaps.set_ylim(bottom=-2e-8)
+    gaps.set_title("difference in training loss from the stock fused run")
+    gaps.set_ylabel("difference (nats per token)")
+    gaps.set_xlabel("update")
+    gaps.legend()
+    for axes in (losses, rates, gaps):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _markers(count):
+    """Open markers and no line, about 30 over the axis, so that a curve beneath stays visible."""
+    return {
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 6,
+        "fillstyle": "none",
+        "markevery": max(1, count // 30),
+    }
+
+
+def _gap(axes, updates, result, stock, color, label, **style):
+    if result is None:
+        return
+    values = [abs(a - b) for a, b in zip(result.losses, stock.losses, strict=True)]
+    axes.plot(updates, values, color=color, label=label, **style)

@@ -1,0 +1,197 @@
+"""The comparison of the runs: the table printed at the end, and report.json with everything measured."""
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from fusedlr.demo.base import Base
+from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
+from fusedlr.demo.settings import Settings
+
+# optimizer code is allowed to differ from another in rounding only; stock's two differ by 1 on this scale
+DISTANCE_LIMIT = 4.0
+
+
+@dataclass
+class Distance:
+    """How far a run ended from the stock run."""
+
+    loss: float  # largest difference in training loss over all updates, nats
+    weights: float  # largest absolute difference in an adapter weight after the last update
+
+
+def distance(a: Result, b: Result) -> Distance:
+    """The largest differences between two runs over the same data, NaN where a run diverged."""
+    import torch
+
+    # torch's max, unlike Python's, never passes over a NaN
+    losses = torch.tensor(a.losses, dtype=torch.float64) - torch.tensor(b.losses, dtype=torch.float64)
+    weights = [(a.weights[name] - b.weights[name]).abs().max() for name in a.weights]
+    return Distance(loss=losses.abs().max().item(), weights=torch.stack(weights).max().item())
+
+
+def ratio(ours: Distance, stock: Distance) -> float:
+    """How many times as far fusedlr is from stock as stock's two kernels are from each other, in weights."""
+    if stock.weights == 0:
+        return 0.0 if ours.weights == 0 else math.inf
+    return ours.weights / stock.weights
+
+
+def compare(results: list[Result]) -> dict[str, Distance]:
+    """The distance of every run but the stock one from the stock one, by run name."""
+    stock = next(result for result in results if result.run == STOCK)
+    return {result.run.name: distance(result, stock) for result in results if result.run != STOCK}
+
+
+def phase(result: Result) -> tuple[float, float]:
+    """Median time of the optimizer phase in ms, and the median of its share of the step."""
+    shares = (part / whole for part, whole in zip(result.phase_ms, result.step_ms, strict=True))
+    return median(result.phase_ms), median(shares)
+
+
+def table(settings: Settings, base: Base, results: list[Result]) -> str:
+    """The report in words and columns, for a terminal 100 columns wide."""
+    by_run = {result.run: result for result in results}
+    columns = [by_run[FUSEDLR], by_run[STOCK], by_run[FOREACH]]
+    rows = [
+        ("", *(result.run.name for result in columns)),
+        ("held-out loss on code, before", *(f"{base.code:.4f}" for _ in columns)),
+        ("held-out loss on code, after", *(f"{result.code:.4f}" for result in columns)),
+        ("held-out loss on prose, before", *(f"{base.prose:.4f}" for _ in columns)),
+        ("held-out loss on prose, after", *(f"{result.prose:.4f}" for result in columns)),
+        ("lr at the first update", *(f"{result.lrs[0]:.3e}" for result in columns)),
+        ("lr at its peak", *(f"{max(result.lrs):.3e}" for result in columns)),
+        ("lr at the last update", *(f"{result.lrs[-1]:.3e}" for result in columns)),
+        ("optimizer phase, ms per update", *(f"{phase(result)[0]:.3f}" for result in columns)),
+        ("  its share of the update", *(f"{phase(result)[1]:.1%}" for result in columns)),
+        ("backend", *(result.backend for result in columns)),
+    ]
+    lines = [
+        f"base model: held-out prose {base.prose_untrained:.3f} -> {base.prose:.3f} nats per token"
+        + (" (from the cache)" if base.cached else ""),
+        f"LoRA: {settings.steps} updates, {settings.schedule}, warm-up {settings.warmup}, "
+        f"peak lr {settings.lr:g}, on {settings.device};",
+        f"an update sees {settings.accumulation} x {settings.size.batch} examples "
+        f"of {settings.size.sequence} tokens",
+        "",
+        *_columns(rows),
+        "",
+        *_columns(_distance_rows(results)),
+        "",
+        verdict(results),
+    ]
+    return "\n".join(lines)
+
+
+def verdict(results: list[Result]) -> str:
+    """One sentence: does fusedlr differ from stock by more than rounding?"""
+    distances = compare(results)
+    times = ratio(distances[FUSEDLR.name], distances[FOREACH.name])
+    if math.isnan(times):
+        return "the training diverged, so there is nothing to compare; try a lower --lr"
+    meaning = "rounding" if times <= DISTANCE_LIMIT else "MORE THAN ROUNDING"
+    return (
+        f"fusedlr's weights are {times:.2g} times as far from stock's as stock's own two kernels are\n"
+        f"from each other (up to {DISTANCE_LIMIT:g} times is expected of equal arithmetic): {meaning}"
+    )
+
+
+def _distance_rows(results):
+    names = {
+        FUSEDLR.name: "fusedlr - stock",
+        FOREACH.name: "stock foreach - stock fused",
+        OFF_BY_ONE.name: "stock, warm-up 1 longer - stock",
+    }
+    rows = [("largest difference", "in loss", "in weights")]
+    for name, gap in compare(results).items():
+        rows.append((names[name], f"{gap.loss:.2e}", f"{gap.weights:.2e}"))
+    return rows
+
+
+def _columns(rows):
+    """Rows of text, first column left and the others right aligned, with a rule under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("fusedlr", "torch", "transformers", "accelerate", "peft", "tokenizers", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(settings: Settings) -> dict:
+    """What the runs were timed on."""
+    import torch
+
+    found = {"platform": platform.platform(), "processor": _processor(), "threads": torch.get_num_threads()}
+    if settings.device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def as_dict(settings: Settings, base: Base, results: list[Result], seconds: dict[str, float]) -> dict:
+    """Everything the demo measured, as plain values."""
+    distances = compare(results)
+    runs = {}
+    for result in results:
+        values = {name: value for name, value in vars(result).items() if name not in ("run", "weights")}
+        values["optimizer_phase_ms"], values["optimizer_phase_share"] = phase(result)
+        values["lr"] = {"first": result.lrs[0], "peak": max(result.lrs), "last": result.lrs[-1]}
+        runs[result.run.name] = values
+    return {
+        "versions": versions(),
+        "machine": machine(settings),
+        "config": settings.as_dict(),
+        "seconds": seconds,
+        "base": {
+            "prose_untrained": base.prose_untrained,
+            "prose": base.prose,
+            "code": base.code,
+            "cached": base.cached,
+        },
+        "runs": runs,
+        "distance_from_stock": {name: asdict(gap) for name, gap in distances.items()},
+        "ratio": ratio(distances[FUSEDLR.name], distances[FOREACH.name]),
+        "ratio_limit": DISTANCE_LIMIT,
+    }
+
+
+def to_json(report: dict) -> str:
+    r"""`report` as JSON that any reader accepts: what is not finite becomes null.
+
+    >>> to_json({"ratio": float("nan")})
+    '{\n  "ratio": null\n}'
+    """
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+
+    return json.dumps(clean(report), indent=2)
