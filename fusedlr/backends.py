@@ -79,6 +79,6 @@ def choose(name: str, devices: Iterable[torch.device]) -> Backend:
 
 
 def warn_fallback(devices: Iterable[torch.device]) -> None:
-    """Say, once per process and reason, why `auto` ended at the reference."""
+    """Say why `auto` ended at the reference; an optimizer does so at its first step."""
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons(devices).items() if reason)
     warn(f"fusedlr runs its reference step in plain PyTorch ({why})", FallbackWarning)

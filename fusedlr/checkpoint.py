@@ -74,6 +74,8 @@ def _misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     for key in MOMENTS:
         if key in entry and not isinstance(entry[key], Tensor):
             return f"its loaded {key} is a {type(entry[key]).__name__}, expected a tensor"
+        if key in entry and (entry[key].device.type == "meta" or not entry[key].is_floating_point()):
+            return f"its loaded {key} is {entry[key].dtype} on {entry[key].device}, expected numbers"
         if key in entry and entry[key].shape != p.shape:
             return f"its loaded {key} has shape {tuple(entry[key].shape)}, the parameter has {tuple(p.shape)}"
     step = entry["step"]
@@ -104,7 +106,9 @@ def load_state(optimizer: FusedAdamW, saved: dict[Any, Any], by_id: dict[Any, Te
 
 def _load_value(optimizer: FusedAdamW, p: Tensor, key: str, value: Any, old: Any) -> Any:
     if key == "step":
-        new = torch.as_tensor(value, dtype=torch.float32).reshape(())
+        # not on a default device the caller may have set
+        value = value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
+        new = value.reshape(())
         dtype = torch.float32
     elif key in MOMENTS:
         new = value
@@ -141,9 +145,14 @@ def load_groups(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> list[dict
             # joint groups share the optimizer's own
             group.pop("max_grad_norm", None)
         if isinstance(mine.get("schedule"), Schedule):
-            group.setdefault("initial_lr", float(group["lr"]))
+            group["initial_lr"] = _peak(mine, theirs)
         groups.append(group)
     return groups
+
+
+def _peak(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The peak in the file, which torch's OneCycleLR calls `max_lr`; ours where the file names none."""
+    return float(theirs.get("max_lr", theirs.get("initial_lr", mine["initial_lr"])))
 
 
 def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any], by_id: dict[Any, Tensor]) -> list[int]:
@@ -188,7 +197,7 @@ def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> N
             continue
         if written is not None and written != schedule:
             lines.append(f"group {i}: {_difference(written, schedule)}; this optimizer's schedule is used")
-        peak = float(theirs.get("initial_lr", theirs["lr"]))
+        peak = _peak(mine, theirs)
         if peak != mine["initial_lr"]:
             lines.append(
                 f"group {i}: the peak is {peak:g} in the checkpoint and {mine['initial_lr']:g} here; "

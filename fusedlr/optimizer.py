@@ -31,7 +31,7 @@ class FusedAdamW(Optimizer):
 
         scaler.unscale_(optimizer)                                # if a GradScaler drives it
         clip_grad_norm_(params, max_grad_norm)                    # p.grad itself stays as it was
-        if every gradient is finite:                              # decided on the device
+        if every gradient is finite:                              # see `nonfinite`; decided on the device
             torch.optim.AdamW.step()                              # with lr = peak * schedule(k)
             scheduler.step()                                      # k += 1
 
@@ -129,6 +129,7 @@ class FusedAdamW(Optimizer):
         super().__init__(params, defaults)
         self._start(k=[0] * len(self.param_groups))
         self._backend(warn=False)
+        self._warn_absolute()
 
     def _start(self, k: list[int], skipped: list[int] | None = None) -> None:
         """Make everything that is not part of the state: plan, counters, what the host knows."""
@@ -141,7 +142,7 @@ class FusedAdamW(Optimizer):
         self._counters = Counters.zeros(len(k), self._device(torch.device("cpu")))
         self._mirror = Mirror(self._counters)
         if skipped:
-            self._counters.skipped.copy_(torch.tensor(skipped))
+            self._counters.skipped.copy_(torch.tensor(skipped, device="cpu"))
         self._place_k(k)
         self._show(self._mirror.k)
 
@@ -197,40 +198,39 @@ class FusedAdamW(Optimizer):
         signals = Signals(checks.one_element(self, "grad_scale"), checks.one_element(self, "found_inf"))
         backend = self._backend()
         fresh = not self.state
-        rows = self._plan.gather(self.param_groups, self.state)
+        # what is not a number raises here, before any group has been updated
+        written = [id(group) in self._writes for group in self.param_groups]
+        steps = [self._group_step(i, group, written[i], fresh) for i, group in enumerate(self.param_groups)]
+        normed = [step.max_grad_norm is not None or step.skip_nonfinite for step in steps]
+        rows = self._plan.gather(self.param_groups, self.state, normed)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self._check_capture(rows, fresh)
         self._place_counters()
-        written = [id(group) in self._writes for group in self.param_groups]
-        steps = [
-            self._group_step(i, group, rows[i], written[i], fresh)
-            for i, group in enumerate(self.param_groups)
-        ]
+        for step, some in zip(steps, rows, strict=True):
+            step.rows = some
         backend.step_(steps, self._counters, signals, joint=self.groups == "joint")  # type: ignore[misc]
         self._after_step(steps, written)
         return loss
 
-    def _group_step(
-        self, index: int, group: dict[str, Any], rows: list[Any], written: bool, fresh: bool
-    ) -> GroupStep:
+    def _group_step(self, index: int, group: dict[str, Any], written: bool, fresh: bool) -> GroupStep:
         schedule = group.get("schedule")
         driven = schedule is not None and not written
         lr: Any = schedule if driven else group["lr"]
         if not isinstance(lr, (Schedule, Tensor)):
-            # what is not a number must raise here, before any group has been updated
             lr = float(lr)
-        b1, b2 = group["betas"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr of group {index} has shape {tuple(lr.shape)}, expected one element")
         # checkpoint tools make a step at lr 0 only to have the state allocated: it is not part of the run
         allocation = schedule is not None and fresh and isinstance(lr, float) and lr == 0
         max_grad_norm = group.get("max_grad_norm", self.max_grad_norm)
         return GroupStep(
             index=index,
-            rows=rows,
+            rows=[],
             lr=lr,
             peak=float(group["initial_lr"]) if driven else math.nan,
-            betas=(b1, b2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            betas=checks.betas(group["betas"]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
             max_grad_norm=max_grad_norm,
@@ -358,6 +358,18 @@ class FusedAdamW(Optimizer):
         group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
         group["k"] = group["k_at_step"] = 0
 
+    def _warn_absolute(self) -> None:
+        """An absolute floor is relative to `lr`; where no group has that rate, it is not what was meant."""
+        lr, schedule = self.defaults["lr"], self._settings["schedule"]
+        if schedule is None or schedule.resolve(lr) is schedule:
+            return
+        peaks = [group["initial_lr"] for group in self.param_groups if group.get("schedule") is not None]
+        if lr not in peaks:
+            warn(
+                f"{schedule!r} names a learning rate, which is taken relative to lr={lr:g}, but the groups' "
+                f"peaks are {', '.join(f'{peak:g}' for peak in peaks)}: pass lr= to the optimizer too"
+            )
+
     def _adopt_groups(self) -> None:
         """Wrap groups that were put into `param_groups` from outside, and count the steps of new ones."""
         for i, group in enumerate(self.param_groups):
@@ -416,7 +428,8 @@ class FusedAdamW(Optimizer):
     def last_metrics(self) -> dict[str, Any]:
         """`metrics` in plain numbers, as of the last copy that has reached the host; starts the next copy.
 
-        Never waits for the device, so on a GPU it is a few steps old; on the CPU it is current.
+        Never waits: on a GPU these are the numbers as they stood at an earlier call, or at an earlier
+        `scheduler.step()`; called every step they are a few steps old. On the CPU they are current.
         """
         self._mirror.refresh()
         values = self._mirror.metrics
@@ -468,13 +481,17 @@ class FusedAdamW(Optimizer):
             getattr(self._counters, name)[:kept] = getattr(old, name)[:kept]
 
     def _place_k(self, k: list[int]) -> None:
-        self._counters.k.copy_(torch.tensor(k))
+        self._counters.k.copy_(torch.tensor(k, device="cpu"))
         self._mirror.attach(self._counters)
 
     def _read_k(self) -> list[int]:
         """Updates made per group, from the device (waits for it)."""
         self._mirror.sync()
-        return list(self._mirror.k)
+        k = list(self._mirror.k)
+        # the host ran ahead by the steps that were skipped
+        if any(shown > now for shown, now in zip(self._shown, k, strict=False)):
+            self._show(k)
+        return k
 
     def _set_k(self, k: list[int]) -> None:
         """Continue every group's schedule here; a checkpoint loaded before the next step keeps it so."""
@@ -537,10 +554,10 @@ class FusedAdamW(Optimizer):
         state = checkpoint.load_state(self, state_dict["state"], by_id)
         loaded = type(self.state)(dict)
         loaded.update(state)
-        k_loaded = self._k_loaded
         self.__setstate__({"state": loaded, "param_groups": groups})
-        self._place_k(k if k_loaded is None else k_loaded)
-        self._k_loaded = k_loaded
+        # a scheduler's state loaded just before wins, once: the next file is another one
+        self._place_k(k if self._k_loaded is None else self._k_loaded)
+        self._k_loaded = None
         self._show(self._mirror.k)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -26,19 +26,19 @@ class Plan:
         # parameter -> its view into the counters of its device
         self._steps: dict[Tensor, Tensor] = {}
 
-    def gather(self, groups: list[dict[str, Any]], state: State) -> list[list[Row]]:
+    def gather(self, groups: list[dict[str, Any]], state: State, normed: list[bool]) -> list[list[Row]]:
         """For every group the rows of its trainable parameters that have a gradient.
 
-        State of parameters that get their first gradient is made here; entries that were replaced from
-        outside are adopted.
+        `normed` says of every group whether the norm of its gradients is needed. State of parameters that get
+        their first gradient is made here; entries that were replaced from outside are adopted.
 
         Raises:
             RuntimeError: a gradient or state entry does not fit its parameter. Nothing has been changed then.
         """
-        found = [[p for p in group["params"] if p.requires_grad and p.grad is not None] for group in groups]
+        found = [[p for p in trainable([group]) if p.grad is not None] for group in groups]
         for i, (group, params) in enumerate(zip(groups, found, strict=True)):
             for p in params:
-                reason = _misfit(p, p.grad) or _state_misfit(p, state.get(p))
+                reason = _misfit(p, p.grad, normed[i]) or _state_misfit(p, state.get(p))
                 if reason:
                     raise RuntimeError(f"{parameter_name(group, i, p)}: {reason}")
         for group, params in zip(groups, found, strict=True):
@@ -63,6 +63,11 @@ class Plan:
     def _ensure_state(self, p: Tensor, entry: dict[str, Any], amsgrad: bool) -> None:
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
         for key in keys:
+            # a model made fp64 after its first step has fp32 moments
+            if key in entry and entry[key].dtype != torch.promote_types(
+                entry[key].dtype, self.state_dtype(p)
+            ):
+                entry[key] = entry[key].to(self.state_dtype(p))
             if key not in entry:
                 entry[key] = torch.zeros_like(
                     p, dtype=self.state_dtype(p), memory_format=torch.preserve_format
@@ -101,7 +106,7 @@ def _views(params: list[Tensor]) -> dict[Tensor, Tensor]:
 
 def _copy_step(view: Tensor, value: Any) -> None:
     if isinstance(value, Tensor):
-        view.copy_(value.reshape(()), non_blocking=True)
+        view.copy_(value.reshape(()))
     else:
         view.fill_(float(value))
 
@@ -111,9 +116,15 @@ def _row(p: Tensor, entry: dict[str, Any], amsgrad: bool) -> Row:
     return Row(p, p.grad, entry["exp_avg"], entry["exp_avg_sq"], largest, entry["step"])  # type: ignore[arg-type]
 
 
-def _misfit(p: Tensor, grad: Tensor | None) -> str | None:
-    """Why this gradient cannot update this parameter."""
+def _misfit(p: Tensor, grad: Tensor | None, normed: bool) -> str | None:
+    """Why this gradient cannot update this parameter, or be part of a norm if it is `normed`."""
     assert grad is not None
+    # set by FSDP on what it shards: every rank would clip and skip by its own part
+    if normed and getattr(p, "_fsdp_flattened", False):
+        return (
+            "a parameter sharded by FSDP has no gradient norm here: clip with FSDP's clip_grad_norm_, and "
+            "pass max_grad_norm=None and nonfinite='propagate'"
+        )
     for x, what in ((p, "a parameter"), (grad, "a gradient")):
         if type(x).__name__ == "DTensor":
             return f"{what} that is a DTensor is not supported: no norm over shards is defined here"

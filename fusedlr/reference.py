@@ -18,11 +18,18 @@ from fusedlr.schedule import Schedule, evaluate
 
 # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 _CLIP_EPS = 1e-6
+# uploaded tables kept per optimizer, far more than there are groups with a table of their own
+_MAX_TABLES = 64
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """Precision of per-step scalars: fp64 on every device that has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def move(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`x` on a device and in a dtype; queued behind the device's work, waited for where the CPU reads it."""
+    return x.to(device, dtype or x.dtype, non_blocking=device.type != "cpu")
 
 
 @dataclass
@@ -77,7 +84,7 @@ class TensorMath:
     def scalar(self, x: Any) -> Tensor:
         """`x`, a number or a tensor of one element, as a 0-dim tensor; a number never makes the host wait."""
         if isinstance(x, Tensor):
-            return x.detach().reshape(()).to(self.device, self.dtype, non_blocking=True)
+            return move(x.detach().reshape(()), self.device, self.dtype)
         return torch.full((), float(x), dtype=self.dtype, device=self.device)
 
     def real(self, x: Tensor) -> Tensor:
@@ -93,7 +100,13 @@ class TensorMath:
     def take(self, values: Sequence[float], index: Tensor) -> Tensor:
         """`values[index]`; the values are uploaded once."""
         if id(values) not in self._tables:
-            self._tables[id(values)] = values, torch.tensor(values, dtype=self.dtype).to(self.device)
+            # one table is in use per group; an assigned schedule leaves its old one behind
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            tensor = torch.tensor(values, dtype=self.dtype, device="cpu")
+            if self.device.type == "cuda":
+                tensor = tensor.pin_memory()
+            self._tables[id(values)] = values, move(tensor, self.device)
         _, tensor = self._tables[id(values)]
         return tensor.index_select(0, index.reshape(-1)).reshape(index.shape)
 
@@ -184,7 +197,7 @@ def grad_norm(grads: Sequence[Tensor], factor: Tensor | None, xp: TensorMath) ->
     for grad in grads:
         g = _compute(grad)
         if factor is not None:
-            g = g * factor.to(g.device, g.dtype, non_blocking=True)
+            g = g * move(factor, g.device, g.dtype)
         total = total + xp.scalar(g.square().sum())
     return total.sqrt()
 
@@ -198,7 +211,7 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     b1, b2 = group.betas
     p, m, v = _compute(row.param), _compute(row.exp_avg), _compute(row.exp_avg_sq)
     device, dtype = p.device, p.dtype
-    lr, skip = lr.to(device, non_blocking=True), skip.to(device, non_blocking=True)
+    lr, skip = move(lr, device), move(skip, device)
 
     t = row.step + ~skip
     bc1 = -torch.expm1(t.to(lr.dtype) * _log(b1))
@@ -206,12 +219,13 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
 
     g = _compute(row.grad)
     if factor is not None:
-        g = g * factor.to(device, dtype, non_blocking=True)
+        g = g * move(factor, device, dtype)
     if group.maximize:
         g = -g
     p = p - (lr * group.weight_decay).to(dtype) * p
     m = m + (g - m) * (1 - b1)
-    v = b2 * v + (1 - b2) * (g * g)
+    # in this order, as torch: the square of a finite gradient may overflow
+    v = b2 * v + ((1 - b2) * g) * g
     largest = v
     if row.max_exp_avg_sq is not None:
         largest = torch.maximum(_compute(row.max_exp_avg_sq), v)

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any, ParamSpec
 
 _P = ParamSpec("_P")
@@ -387,10 +388,11 @@ def _optional_total(total_steps: Any) -> int | None:
 
 def _warmup(warmup_steps: Any, total_steps: int | None) -> int:
     """Warm-up in updates; below 1 it is a share of the run, rounded up as the HF Trainer does."""
-    if isinstance(warmup_steps, float) and 0 < warmup_steps < 1:
+    # 0 < True < 1 is False, so bools get their error below
+    if isinstance(warmup_steps, Real) and 0 < float(warmup_steps) < 1:
         if total_steps is None:
             raise ValueError(f"warmup_steps={warmup_steps!r} is a ratio and needs total_steps")
-        return math.ceil(total_steps * warmup_steps)
+        return math.ceil(total_steps * float(warmup_steps))
     return _count("warmup_steps", warmup_steps)
 
 

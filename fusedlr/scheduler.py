@@ -29,9 +29,16 @@ class ScheduleView(LRScheduler):
         return [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
 
     @property
-    def last_epoch(self) -> int:  # type: ignore[override]
+    def last_epoch(self) -> int:
         """The step whose rate `get_last_lr` gives, counted from 0."""
         return self.optimizer._shown_step()
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        raise AttributeError(
+            "optimizer.scheduler shows a schedule that the optimizer drives: another scheduler cannot drive "
+            "it. Pass schedule=None and compose torch's, or put the whole schedule into one fusedlr.table"
+        )
 
     @property
     def _step_count(self) -> int:
@@ -65,6 +72,7 @@ class ScheduleView(LRScheduler):
 
         A `LambdaLR` that loads it leaves `k` alone and counts on in `last_epoch`: `k_at_epoch` tells how far.
         """
+        k = self.optimizer._read_k()
         return {
             "base_lrs": self.base_lrs,
             "last_epoch": self.last_epoch,
@@ -73,7 +81,7 @@ class ScheduleView(LRScheduler):
             "_get_lr_called_within_step": False,
             "_last_lr": self.get_last_lr(),
             "lr_lambdas": [None] * len(self.optimizer.param_groups),
-            "k": self.optimizer._read_k(),
+            "k": k,
             "k_at_epoch": self.last_epoch,
         }
 

@@ -309,6 +309,17 @@ def test_output_among_other_files_is_refused(resolve, tmp_path, capsys):
     assert "--cache" in capsys.readouterr().err
 
 
+def test_output_that_cannot_be_written_is_refused_at_once(resolve, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", full)
+    with pytest.raises(SystemExit) as exit:
+        resolve()
+    assert exit.value.code == 2
+    assert "argument --output: cannot write" in capsys.readouterr().err
+
+
 def test_missing_packages_name_the_extra(parser, monkeypatch, capsys):
     monkeypatch.setattr(main, "PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(SystemExit) as exit:

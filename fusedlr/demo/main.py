@@ -48,6 +48,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         with _on_sigint(_raise), warnings.catch_warnings():
             # transformers warns about its own calls
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            # which backend ran is a line of the table, and a warning would tear the progress bars apart
+            warnings.filterwarnings("ignore", message="fusedlr runs its reference step")
             _demo(settings)
     except KeyboardInterrupt:
         print(f"\n{MESSAGE}", file=sys.stderr)

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from fusedlr.demo.files import nearest_folder
+from fusedlr.demo.files import nearest_folder, temporary_folder
 from fusedlr.demo.settings import SIZES, Settings
 
 # the names transformers gives its schedules, less the two that follow a metric instead of a step count
@@ -177,6 +177,10 @@ def _writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
     folder = nearest_folder(path)
     if not folder.is_dir():
         parser.error(f"argument {option}: {folder} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        parser.error(f"argument {option}: cannot write in {folder}")
+    try:
+        # tried, because permissions say nothing of a full or read-only disk
+        with temporary_folder(folder):
+            pass
+    except OSError as error:
+        parser.error(f"argument {option}: cannot write in {folder}: {error.strerror}")
     return path

@@ -25,7 +25,7 @@ EDITS = {
     "decay without the rate": ("(lr * group.weight_decay).to(dtype) * p", "group.weight_decay * p"),
     "decay at the peak": ("(lr * group.weight_decay)", "(lr * 0 + group.peak * group.weight_decay)"),
     "betas swapped": ("b1, b2 = group.betas", "b2, b1 = group.betas"),
-    "second moment of the mean": ("(1 - b2) * (g * g)", "(1 - b2) * (g * m)"),
+    "second moment of the mean": ("((1 - b2) * g) * g", "((1 - b2) * g) * m"),
     "maximize ignored": ("if group.maximize:", "if False:"),
     "amsgrad forgets": ("torch.maximum(_compute(row.max_exp_avg_sq), v)", "v"),
     "clipping without the epsilon": ("(norm + _CLIP_EPS)", "norm"),
