@@ -155,18 +155,15 @@ def _peak(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
     return float(theirs.get("max_lr", theirs.get("initial_lr", mine["initial_lr"])))
 
 
-def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any], by_id: dict[Any, Tensor]) -> list[int]:
+def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[int]:
     """The step every group's schedule continues at: what was saved, plus the updates made elsewhere since."""
-    latest = _max_steps(optimizer, state_dict)
+    groups = state_dict["param_groups"]
+    latest = max_steps(groups, state_dict["state"], joint=optimizer.groups == "joint")
     return [
         # below 0 only if the states that were counted are not in the file
         max(group["k"] + t - group["k_at_step"], 0) if "k" in group and "k_at_step" in group else t
-        for group, t in zip(state_dict["param_groups"], latest, strict=True)
+        for group, t in zip(groups, latest, strict=True)
     ]
-
-
-def _max_steps(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[int]:
-    return max_steps(state_dict["param_groups"], state_dict["state"], joint=optimizer.groups == "joint")
 
 
 def max_steps(groups: list[dict[str, Any]], state: dict[Any, Any], *, joint: bool) -> list[int]:

@@ -204,7 +204,7 @@ class FusedAdamW(Optimizer):
         normed = [step.max_grad_norm is not None or step.skip_nonfinite for step in steps]
         rows = self._plan.gather(self.param_groups, self.state, normed)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._check_capture(rows, fresh)
+            self._check_capture(fresh)
         self._place_counters()
         for step, some in zip(steps, rows, strict=True):
             step.rows = some
@@ -269,7 +269,7 @@ class FusedAdamW(Optimizer):
             "schedule=None"
         )
 
-    def _check_capture(self, rows: list[list[Any]], fresh: bool) -> None:
+    def _check_capture(self, fresh: bool) -> None:
         if fresh or self._counters.k.device.type == "cpu":
             raise RuntimeError(
                 "make one step outside the CUDA graph before capturing it: the state is allocated there"
@@ -548,7 +548,7 @@ class FusedAdamW(Optimizer):
                 state_dict = result
         self._adopt_groups()
         by_id = checkpoint.check(self, state_dict)
-        k = checkpoint.load_k(self, state_dict, by_id)
+        k = checkpoint.load_k(self, state_dict)
         checkpoint.report_disagreement(self, state_dict["param_groups"])
         groups = checkpoint.load_groups(self, state_dict["param_groups"])
         state = checkpoint.load_state(self, state_dict["state"], by_id)

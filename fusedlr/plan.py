@@ -56,10 +56,6 @@ class Plan:
             return p.dtype
         return torch.float32
 
-    def step_view(self, p: Tensor) -> Tensor | None:
-        """The counter of `p`, if it has been placed."""
-        return self._steps.get(p)
-
     def _ensure_state(self, p: Tensor, entry: dict[str, Any], amsgrad: bool) -> None:
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
         for key in keys:
