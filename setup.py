@@ -17,6 +17,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("FUSEDLR_CPU", "auto")
 # contraction off: products are rounded as the reference rounds them; no fast-math, no -march=native
 FLAGS = "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC -Wall"
@@ -37,10 +38,10 @@ def ninja_file(output):
     """The build of fusedlr._cpu: an object per source and instruction set, all at once, then the module."""
     import pybind11
 
-    root = Path(__file__).resolve().parent
-    includes = [root / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     include = " ".join(f"-I{shlex.quote(str(path))}" for path in includes)
-    objects = {"cpu.o": ("cpu.cpp", ""), "cpu_module.o": ("cpu_module.cpp", include)}
+    # the slowest first
+    objects = {"cpu_module.o": ("cpu_module.cpp", include), "cpu.o": ("cpu.cpp", "")}
     objects |= {
         f"kernel_{isa}.o": ("cpu_kernel.cpp", f"-DFUSEDLR_ISA={isa} {flags}") for isa, flags in ISAS.items()
     }
@@ -55,7 +56,7 @@ def ninja_file(output):
         f"  command = $cxx $in {LINK} {os.environ.get('LDFLAGS', '')} -o $out",
     ]
     for name, (source, more) in objects.items():
-        lines += [f"build {name}: compile {escape(root / 'csrc' / source)}", f"  more = {more}"]
+        lines += [f"build {name}: compile {escape(ROOT / 'csrc' / source)}", f"  more = {more}"]
     lines += [f"build {escape(output)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 
@@ -65,6 +66,13 @@ def escape(path):
 
 
 class NinjaBuild(build_ext):
+    def run(self):
+        # should this build fail, the module of an earlier one must not be found
+        for folder in ("fusedlr", os.path.join(self.build_lib, "fusedlr")):
+            for stale in (ROOT / folder).glob("_cpu*.so"):
+                stale.unlink()
+        super().run()
+
     def build_extension(self, ext):
         if sys.platform == "win32":
             raise CompileError("the C++ kernel has not been tried on Windows: the package runs its reference")
@@ -72,9 +80,6 @@ class NinjaBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # never the module of an earlier build, should this one fail
-        for stale in output.parent.glob("_cpu*.so"):
-            stale.unlink()
         # where ninja finds the objects of the last build, and reuses what has not changed
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
