@@ -80,8 +80,8 @@ class NinjaBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # where ninja finds the objects of the last build, and reuses what has not changed
-        folder = Path(self.build_temp).resolve()
+        # not build_temp, which is another one for every editable build: ninja keeps what has not changed
+        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(output))
         if subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]):

@@ -1,5 +1,5 @@
-// One element of the AdamW step for C++ and CUDA: reference.adamw_ under the same letters, its only spelling here.
-// Compile with FP contraction off: the reference rounds every product.
+// One element of the AdamW step for C++ and CUDA: reference.adamw_ under the same letters, its only spelling
+// here. Compile with FP contraction off: the reference rounds every product.
 #pragma once
 
 #include "schedule.h"
@@ -9,10 +9,10 @@ namespace fusedlr {
 // per tensor and step, made in double; R is the precision of the arithmetic, double for fp64 tensors
 template <class R>
 struct Scalars {
-    R factor;      // unscaling times clipping, negative to maximize
-    R decay;       // lr * wd
-    R lr_bc1;      // lr / bc1
-    R root_bc2;    // sqrt(bc2)
+    R factor;    // unscaling times clipping, negative to maximize
+    R decay;     // lr * wd
+    R lr_bc1;    // lr / bc1
+    R root_bc2;  // sqrt(bc2)
     R eps;
     R one_b1;      // 1 - b1
     R b2, one_b2;  // b2, 1 - b2
@@ -20,8 +20,7 @@ struct Scalars {
 
 template <class R>
 FUSEDLR_HD Scalars<R> rounded(const Scalars<double>& s) {
-    return {R(s.factor), R(s.decay),  R(s.lr_bc1), R(s.root_bc2),
-            R(s.eps),    R(s.one_b1), R(s.b2),     R(s.one_b2)};
+    return {R(s.factor), R(s.decay), R(s.lr_bc1), R(s.root_bc2), R(s.eps), R(s.one_b1), R(s.b2), R(s.one_b2)};
 }
 
 // 1 - b**t, which keeps its digits at small t

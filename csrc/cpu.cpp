@@ -39,7 +39,10 @@ std::vector<const Kernel*> kernels() {
 
 Tensors::Tensors(const std::vector<int>& params, const std::vector<int>& moments,
                  const std::vector<int64_t>& sizes)
-    : spans_(sizes.size()), steps_(sizes.size()), scope_of_(sizes.size()), scalars_(sizes.size()),
+    : spans_(sizes.size()),
+      steps_(sizes.size()),
+      scope_of_(sizes.size()),
+      scalars_(sizes.size()),
       skip_(sizes.size()) {
     for (size_t i = 0; i < sizes.size(); ++i) {
         spans_[i].n = sizes[i];

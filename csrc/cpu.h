@@ -71,10 +71,10 @@ class Tensors {
     };
 
     struct Scope {
-        size_t first, last;    // groups [first, last)
-        size_t begin, end;     // their tensors
-        double unscale = 1;    // 1 / grad_scale
-        bool norm = false;     // whether a norm is needed
+        size_t first, last;  // groups [first, last)
+        size_t begin, end;   // their tensors
+        double unscale = 1;  // 1 / grad_scale
+        bool norm = false;   // whether a norm is needed
     };
 
     void make_scopes(const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
@@ -94,9 +94,9 @@ class Tensors {
     int64_t elements_ = 0;
     // of the step under way
     std::vector<Scope> scopes_;
-    std::vector<const Scope*> scope_of_;      // tensor -> its scope
-    std::vector<Scalars<double>> scalars_;    // per tensor
-    std::vector<char> skip_;                  // per tensor
+    std::vector<const Scope*> scope_of_;    // tensor -> its scope
+    std::vector<Scalars<double>> scalars_;  // per tensor
+    std::vector<char> skip_;                // per tensor
 };
 
 }  // namespace fusedlr

@@ -36,9 +36,18 @@ std::vector<double> rates(const Schedule<R>& schedule, const std::vector<int64_t
 Group make_group(int64_t index, std::shared_ptr<const Schedule<double>> schedule, double lr, double peak,
                  double b1, double b2, double eps, double weight_decay, bool maximize,
                  std::optional<double> max_grad_norm, bool skip_nonfinite, bool advance) {
-    return {index,        schedule, lr,       peak,
-            b1,           b2,       eps,      weight_decay,
-            maximize,     bool(max_grad_norm), max_grad_norm.value_or(0), skip_nonfinite,
+    return {index,
+            schedule,
+            lr,
+            peak,
+            b1,
+            b2,
+            eps,
+            weight_decay,
+            maximize,
+            bool(max_grad_norm),
+            max_grad_norm.value_or(0),
+            skip_nonfinite,
             advance};
 }
 
@@ -51,8 +60,8 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void step(Tensors& tensors, const std::string& isa, const Addresses& p, const Addresses& g, const Addresses& m,
-          const Addresses& v, const Addresses& tops, const Addresses& steps,
+void step(Tensors& tensors, const std::string& isa, const Addresses& p, const Addresses& g,
+          const Addresses& m, const Addresses& v, const Addresses& tops, const Addresses& steps,
           const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
           const std::array<uintptr_t, 6>& counters, std::optional<double> grad_scale, bool found_inf,
           bool joint, int threads) {

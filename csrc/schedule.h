@@ -1,5 +1,5 @@
-// The learning rate schedule for C++ and CUDA: fusedlr/schedule.py under the same names, its only spelling here.
-// R is double, or float where a device has no fast double; steps are int64 and reduced as integers.
+// The learning rate schedule for C++ and CUDA: fusedlr/schedule.py under the same names, its only spelling
+// here. R is double, or float where a device has no fast double; steps are int64 and reduced as integers.
 #pragma once
 
 #include <cmath>

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import weakref
@@ -439,3 +442,35 @@ print(len(set(maps)), set(maps))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("1 "), out
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    csrc, compiler = root / "csrc", shutil.which("c++")
+    if compiler is None or not csrc.is_dir():
+        pytest.skip("needs the sources and a C++ compiler")
+    flags = (
+        f"-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp -I{csrc}".split()
+    )
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    isas = {"baseline": []}
+    if platform.machine() == "x86_64":
+        flags.append("-DFUSEDLR_X86")
+        avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+        isas |= {"avx2": ["-mavx2", "-ftree-vectorize"], "avx512": [*avx512, "-ftree-vectorize"]}
+    sources = [(csrc / "cpu.cpp", []), (Path(__file__).with_name("cpu_sanitized.cpp"), [])]
+    sources += [(csrc / "cpu_kernel.cpp", [f"-DFUSEDLR_ISA={isa}", *more]) for isa, more in isas.items()]
+    objects = [str(tmp_path / f"{i}.o") for i in range(len(sources))]
+    builds = [
+        subprocess.Popen([compiler, *flags, *more, "-c", str(source), "-o", to])
+        for (source, more), to in zip(sources, objects, strict=True)
+    ]
+    assert [build.wait() for build in builds] == [0] * len(builds)
+    program = str(tmp_path / "program")
+    subprocess.run([compiler, *flags, *objects, "-o", program], check=True)
+    # what the OpenMP runtime keeps until the end is no leak
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[:3000]
+    assert ran.stdout.split() == cpu.isas()
