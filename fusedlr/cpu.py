@@ -24,6 +24,7 @@ from fusedlr.schedule import SHAPES, Schedule
 
 try:
     _cpu: Any = import_module("fusedlr._cpu")
+    _best_isa = _cpu.isas()[0]
     _import_error = None
 except ImportError as error:
     _import_error = str(error)
@@ -68,7 +69,7 @@ def isas() -> list[str]:
 
 def isa() -> str:
     """The instruction set in use: the best one, or `FUSEDLR_CPU_ISA` for debugging."""
-    return os.environ.get("FUSEDLR_CPU_ISA") or isas()[0]
+    return os.environ.get("FUSEDLR_CPU_ISA") or _best_isa
 
 
 class _Columns:
