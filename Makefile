@@ -4,7 +4,7 @@
 PYTHON ?= python3
 OUT ?= bench/results/gpu
 RUN := .venv/bin/python
-CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp)
 
 # idle OpenMP threads that spin take the cores from whoever has work
 OMP_WAIT_POLICY ?= PASSIVE

@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         sections.append(("tests", lambda: run_tests(device, args.out)))
     # on the CPU a step's events are the same every time, and the profiler is slow
     steps = args.steps if device == "cuda" else min(args.steps, 3)
-    for name in runnable(device):
+    # the C++ kernel never sees a GPU, and may read a number that lies in the host's memory
+    for name in (name for name in runnable(device) if name != "cpu"):
         sections.append((f"syncs {name}", lambda name=name: look_for_syncs(name, device, steps)))
     return run_sections(sections, device, args.out / "gpu_suite.json")
 

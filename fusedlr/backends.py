@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedlr import reference
+from fusedlr import cpu, reference
 from fusedlr.warn import warn
 
 
@@ -36,7 +36,7 @@ BACKENDS = {
     for backend in (
         Backend("cuda", None, _not_built("CUDA kernel")),
         Backend("triton", None, _not_built("Triton kernel")),
-        Backend("cpu", None, _not_built("C++ kernel")),
+        Backend("cpu", cpu.step_, cpu.why_not),
         Backend("reference", reference.step_, lambda devices: None),
     )
 }

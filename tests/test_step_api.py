@@ -933,10 +933,13 @@ def test_a_backend_that_stops_running_changes_nothing(monkeypatch):
     assert not changes(before, snapshot(optimizer))
 
 
-def test_falling_back_is_said_once_with_the_reasons(recwarn):
+def test_falling_back_is_said_once_with_the_reasons(monkeypatch):
+    from fusedlr import cpu
+
+    # as on a machine without a compiler
+    monkeypatch.setattr(cpu, "_import_error", "No module named 'fusedlr._cpu'")
     optimizer = make()
-    if optimizer.backend != "reference":
-        pytest.skip("a faster backend runs here")
+    assert optimizer.backend == "reference"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         steps(optimizer, 0, 3)

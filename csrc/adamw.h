@@ -1,0 +1,45 @@
+// One element of the AdamW step for C++ and CUDA: reference.adamw_ under the same letters, its only spelling
+// here. Compile with FP contraction off: the reference rounds every product.
+#pragma once
+
+#include "schedule.h"
+
+namespace fusedlr {
+
+// per tensor and step, made in double; R is the precision of the arithmetic, double for fp64 tensors
+template <class R>
+struct Scalars {
+    R factor;    // unscaling times clipping, negative to maximize
+    R decay;     // lr * wd
+    R lr_bc1;    // lr / bc1
+    R root_bc2;  // sqrt(bc2)
+    R eps;
+    R one_b1;      // 1 - b1
+    R b2, one_b2;  // b2, 1 - b2
+};
+
+template <class R>
+FUSEDLR_HD Scalars<R> rounded(const Scalars<double>& s) {
+    return {R(s.factor), R(s.decay), R(s.lr_bc1), R(s.root_bc2), R(s.eps), R(s.one_b1), R(s.b2), R(s.one_b2)};
+}
+
+// 1 - b**t, which keeps its digits at small t
+FUSEDLR_HD double bias_correction(double t, double log_b) { return -std::expm1(t * log_b); }
+
+// largest is the second moment's running maximum, null without amsgrad
+template <class R>
+FUSEDLR_HD void adamw(R& p, R g, R& m, R& v, R* largest, const Scalars<R>& s) {
+    g *= s.factor;
+    p = p - s.decay * p;
+    m = m + (g - m) * s.one_b1;
+    v = s.b2 * v + (s.one_b2 * g) * g;
+    R top = v;
+    if (largest) {
+        // as torch.maximum: nan wins
+        top = v <= *largest || *largest != *largest ? *largest : v;
+        *largest = top;
+    }
+    p = p - s.lr_bc1 * (m / (std::sqrt(top) / s.root_bc2 + s.eps));
+}
+
+}  // namespace fusedlr

@@ -1,0 +1,112 @@
+// The learning rate schedule for C++ and CUDA: fusedlr/schedule.py under the same names, its only spelling
+// here. R is double, or float where a device has no fast double; steps are int64 and reduced as integers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+// static: every object compiled for another instruction set keeps its own copy
+#ifdef __CUDACC__
+#define FUSEDLR_HD static __host__ __device__ __forceinline__
+#else
+#define FUSEDLR_HD static inline
+#endif
+
+namespace fusedlr {
+
+// the order of SHAPES in fusedlr/schedule.py
+enum Shape : int64_t {
+    kConstant,
+    kLinear,
+    kCosine,
+    kRestarts,
+    kPolynomial,
+    kInverseSqrt,
+    kOneMinusSqrt,
+    kOneMinusSqrtRise,
+    kTable,
+};
+
+template <class R>
+struct Phase {
+    int64_t begin, end, origin;  // steps
+    R from, to;                  // ratios of the peak
+    int64_t shape;
+    R shape_param;
+};
+
+// weights of a cosine with c waves, or c restarts, after e of n steps
+template <class R>
+FUSEDLR_HD void cosine_weights(bool restarts, R c, int64_t e, int64_t n, R& w0, R& w1) {
+    const R half_pi = R(1.57079632679489661923);
+    const R half_waves = std::floor(2 * c), part = 2 * c - half_waves;
+    R low, high;  // angles from the trough and from the crest
+    if (!restarts && part != 0 && sizeof(R) == 8) {
+        high = 2 * half_pi * c * R(e) / R(n);
+        w0 = std::cos(high), w1 = std::sin(high);
+    } else {
+        // 0.5*(1 - cos(pi*x)) = sin(pi/2 * x)**2 has period 2 in x = q/n and is even around x = 1
+        int64_t q = restarts ? int64_t(c) * e % n : int64_t(half_waves) * e % (2 * n);
+        if (restarts || part == 0) {
+            if (q > n) q = 2 * n - q;
+            const R quarter = half_pi / R(n);
+            high = quarter * R(q), low = quarter * R(n - q);
+        } else {
+            // the rest of a half wave is not whole, but small: in float it rounds little
+            if (q > n) q -= 2 * n;
+            R x = std::fabs(R(q) / R(n) + part * (R(e) / R(n)));
+            if (x > 1) x = 2 - x;
+            high = half_pi * x, low = half_pi * (1 - x);
+        }
+        w0 = std::sin(low), w1 = std::sin(high);
+    }
+    w0 *= w0, w1 *= w1;
+}
+
+// weights of from and to after e of the phase's n steps
+template <class R>
+FUSEDLR_HD void phase_weights(const Phase<R>& phase, int64_t e, const R* table, R& w0, R& w1) {
+    const R c = phase.shape_param;
+    const int64_t n = phase.end - phase.origin;
+    const int64_t r = n - e;
+    switch (phase.shape) {
+        case kConstant:
+            w0 = 1, w1 = 0;
+            break;
+        case kLinear:
+            w0 = R(r) / R(n), w1 = R(e) / R(n);
+            break;
+        case kCosine:
+        case kRestarts:
+            cosine_weights(phase.shape == kRestarts, c, e, n, w0, w1);
+            break;
+        case kPolynomial:
+            w0 = std::pow(R(r) / R(n), c), w1 = 1 - w0;
+            break;
+        case kInverseSqrt:
+            w0 = 1 / std::sqrt(1 + R(e) / c), w1 = 1 - w0;
+            break;
+        case kOneMinusSqrt:
+            w1 = std::sqrt(R(e) / R(n)), w0 = R(r) / R(n) / (1 + w1);
+            break;
+        case kOneMinusSqrtRise:
+            w0 = std::sqrt(R(r) / R(n)), w1 = R(e) / R(n) / (1 + w0);
+            break;
+        default:
+            w1 = table[int64_t(c) + e], w0 = 1 - w1;
+    }
+}
+
+// the ratio of the peak at step k: the value of the last phase begun
+template <class R>
+FUSEDLR_HD R evaluate(const Phase<R>* phases, int64_t count, const R* table, int64_t k) {
+    int64_t i = 0;
+    while (i + 1 < count && k >= phases[i + 1].begin) ++i;
+    const Phase<R>& phase = phases[i];
+    const int64_t clamped = k < phase.begin ? phase.begin : k > phase.end ? phase.end : k;
+    R w0, w1;
+    phase_weights(phase, clamped - phase.origin, table, w0, w1);
+    return phase.from * w0 + phase.to * w1;
+}
+
+}  // namespace fusedlr
