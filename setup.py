@@ -41,7 +41,8 @@ def ninja_file(output):
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     include = " ".join(f"-I{shlex.quote(str(path))}" for path in includes)
     # the slowest first
-    objects = {"cpu_module.o": ("cpu_module.cpp", include), "cpu.o": ("cpu.cpp", "")}
+    objects = {f"{name}.o": (f"{name}.cpp", include) for name in ("cpu_module", "watch")}
+    objects["cpu.o"] = ("cpu.cpp", "")
     objects |= {
         f"kernel_{isa}.o": ("cpu_kernel.cpp", f"-DFUSEDLR_ISA={isa} {flags}") for isa, flags in ISAS.items()
     }

@@ -38,16 +38,24 @@ std::vector<const Kernel*> kernels() {
 }
 
 Tensors::Tensors(const std::vector<int>& params, const std::vector<int>& moments,
-                 const std::vector<int64_t>& sizes)
+                 const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& p,
+                 const std::vector<uintptr_t>& m, const std::vector<uintptr_t>& v,
+                 const std::vector<uintptr_t>& tops, const std::vector<uintptr_t>& steps)
     : spans_(sizes.size()),
       steps_(sizes.size()),
       scope_of_(sizes.size()),
       scalars_(sizes.size()),
       skip_(sizes.size()) {
     for (size_t i = 0; i < sizes.size(); ++i) {
-        spans_[i].n = sizes[i];
-        spans_[i].param = Type(params[i]);
-        spans_[i].moments = Type(moments[i]);
+        Span& span = spans_[i];
+        span.n = sizes[i];
+        span.param = Type(params[i]);
+        span.moments = Type(moments[i]);
+        span.p = reinterpret_cast<char*>(p[i]);
+        span.m = reinterpret_cast<char*>(m[i]);
+        span.v = reinterpret_cast<char*>(v[i]);
+        span.top = tops.empty() ? nullptr : reinterpret_cast<char*>(tops[i]);
+        steps_[i] = reinterpret_cast<float*>(steps[i]);
         chunk_of_.push_back(chunks_.size());
         for (int64_t begin = 0; begin < sizes[i]; begin += kChunk) {
             const int64_t n = std::min(kChunk, sizes[i] - begin);
@@ -58,18 +66,8 @@ Tensors::Tensors(const std::vector<int>& params, const std::vector<int>& moments
     chunk_of_.push_back(chunks_.size());
 }
 
-void Tensors::place(const std::vector<uintptr_t>& p, const std::vector<uintptr_t>& g,
-                    const std::vector<uintptr_t>& m, const std::vector<uintptr_t>& v,
-                    const std::vector<uintptr_t>& tops, const std::vector<uintptr_t>& steps) {
-    for (size_t i = 0; i < size(); ++i) {
-        Span& span = spans_[i];
-        span.p = reinterpret_cast<char*>(p[i]);
-        span.g = reinterpret_cast<char*>(g[i]);
-        span.m = reinterpret_cast<char*>(m[i]);
-        span.v = reinterpret_cast<char*>(v[i]);
-        span.top = tops.empty() ? nullptr : reinterpret_cast<char*>(tops[i]);
-        steps_[i] = reinterpret_cast<float*>(steps[i]);
-    }
+void Tensors::place_gradients(const std::vector<uintptr_t>& g) {
+    for (size_t i = 0; i < size(); ++i) spans_[i].g = reinterpret_cast<char*>(g[i]);
 }
 
 void Tensors::step(const Kernel& kernel, const std::vector<const Group*>& groups,

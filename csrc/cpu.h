@@ -46,15 +46,16 @@ std::vector<const Kernel*> kernels();
 // Tensors of one layout: what stays the same from step to step, and the scratch of a step.
 class Tensors {
   public:
+    // types, elements and addresses, one per tensor; tops is empty without amsgrad, and null where a tensor
+    // has none
     Tensors(const std::vector<int>& params, const std::vector<int>& moments,
-            const std::vector<int64_t>& sizes);
+            const std::vector<int64_t>& sizes, const std::vector<uintptr_t>& p,
+            const std::vector<uintptr_t>& m, const std::vector<uintptr_t>& v,
+            const std::vector<uintptr_t>& tops, const std::vector<uintptr_t>& steps);
 
     size_t size() const { return spans_.size(); }
 
-    // one address per tensor; tops is empty without amsgrad, and null where a tensor has none
-    void place(const std::vector<uintptr_t>& p, const std::vector<uintptr_t>& g,
-               const std::vector<uintptr_t>& m, const std::vector<uintptr_t>& v,
-               const std::vector<uintptr_t>& tops, const std::vector<uintptr_t>& steps);
+    void place_gradients(const std::vector<uintptr_t>& g);
 
     // groups hold counts[i] tensors each, in order
     void step(const Kernel& kernel, const std::vector<const Group*>& groups,

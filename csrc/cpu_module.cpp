@@ -2,11 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 #include <stdexcept>
 
 #include "cpu.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace fusedlr;
@@ -55,34 +55,69 @@ void check_size(const Addresses& addresses, size_t size) {
     if (addresses.size() != size) throw std::invalid_argument("one address per tensor is needed");
 }
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+Tensors make_tensors(const std::vector<int>& params, const std::vector<int>& moments,
+                     const std::vector<int64_t>& sizes, const Addresses& p, const Addresses& m,
+                     const Addresses& v, const Addresses& tops, const Addresses& steps) {
+    if (params.size() != sizes.size() || moments.size() != sizes.size())
+        throw std::invalid_argument("one type per tensor is needed");
+    for (const Addresses* addresses : {&p, &m, &v, &steps}) check_size(*addresses, sizes.size());
+    if (!tops.empty()) check_size(tops, sizes.size());
+    return {params, moments, sizes, p, m, v, tops, steps};
 }
 
-void step(Tensors& tensors, const std::string& isa, const Addresses& p, const Addresses& g,
-          const Addresses& m, const Addresses& v, const Addresses& tops, const Addresses& steps,
-          const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
-          const std::array<uintptr_t, 6>& counters, std::optional<double> grad_scale, bool found_inf,
-          bool joint, int threads) {
-    for (const Addresses* addresses : {&p, &g, &m, &v, &steps}) check_size(*addresses, tensors.size());
-    if (!tops.empty()) check_size(tops, tensors.size());
+const Kernel& kernel_for(const std::string& isa) {
+    for (const Kernel* candidate : kernels())
+        if (isa == candidate->name) return *candidate;
+    throw std::invalid_argument("this machine cannot run " + isa);
+}
+
+// addresses of reference.Counters' two matrices, (3, groups) each
+struct CounterTable {
+    int64_t* counts;
+    double* used;
+    int64_t groups;
+
+    Counters rows() const {
+        const int64_t n = groups;
+        return {counts, counts + n, counts + 2 * n, used, used + n, used + 2 * n};
+    }
+};
+
+template <class T>
+py::list listed(const T* begin, int64_t n) {
+    py::list list(n);
+    for (int64_t i = 0; i < n; ++i) list[size_t(i)] = py::cast(begin[i]);
+    return list;
+}
+
+// gradients: their addresses. Returns per group k, steps skipped in a row and the lr used
+py::tuple step(Tensors& tensors, const Addresses& gradients, const Kernel& kernel,
+               const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
+               const CounterTable& counters, std::optional<double> grad_scale, bool found_inf, bool joint,
+               int threads) {
+    check_size(gradients, tensors.size());
     int64_t count = 0;
     for (const int64_t n : counts) count += n;
     if (groups.size() != counts.size() || size_t(count) != tensors.size())
         throw std::invalid_argument("the groups' tensors must be those that were packed");
-    const Kernel* kernel = nullptr;
-    for (const Kernel* candidate : kernels())
-        if (isa == candidate->name) kernel = candidate;
-    if (!kernel) throw std::invalid_argument("this machine cannot run " + isa);
+    const Counters rows = counters.rows();
+    {
+        const py::gil_scoped_release release;
+        tensors.place_gradients(gradients);
+        tensors.step(kernel, groups, counts, rows, {bool(grad_scale), grad_scale.value_or(1), found_inf},
+                     joint, threads);
+    }
+    return py::make_tuple(listed(rows.k, counters.groups), listed(rows.skips_in_row, counters.groups),
+                          listed(rows.lr, counters.groups));
+}
 
-    const py::gil_scoped_release release;
-    tensors.place(p, g, m, v, tops, steps);
-    const auto [k, skipped, skips_in_row, lr, grad_norm, coef] = counters;
-    tensors.step(*kernel, groups, counts,
-                 {at<int64_t>(k), at<int64_t>(skipped), at<int64_t>(skips_in_row), at<double>(lr),
-                  at<double>(grad_norm), at<double>(coef)},
-                 {bool(grad_scale), grad_scale.value_or(1), found_inf}, joint, threads);
+py::tuple step_watched(Tensors& tensors, const Watch& watch, const Kernel& kernel,
+                       const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
+                       const CounterTable& counters, std::optional<double> grad_scale, bool found_inf,
+                       bool joint, int threads) {
+    watch.increment_versions();
+    return step(tensors, watch.gradients(), kernel, groups, counts, counters, grad_scale, found_inf, joint,
+                threads);
 }
 
 template <class R>
@@ -99,10 +134,24 @@ PYBIND11_MODULE(_cpu, module) {
     define_schedule<double>(module, "Schedule");
     define_schedule<float>(module, "Schedule32");
     py::class_<Group>(module, "Group").def(py::init(&make_group));
+    py::class_<Watch>(module, "Watch")
+        .def(py::init<const py::list&, const std::vector<bool>&, const py::dict&>(), py::arg("params"),
+             py::arg("amsgrad"), py::arg("state"))
+        .def("same", &Watch::same)
+        .def("release", &Watch::release)
+        .def_property_readonly("gradients", &Watch::gradients);
+    py::class_<Kernel>(module, "Kernel").def_readonly("name", &Kernel::name);
     py::class_<Tensors>(module, "Tensors")
-        .def(py::init<const std::vector<int>&, const std::vector<int>&, const std::vector<int64_t>&>(),
-             py::arg("params"), py::arg("moments"), py::arg("sizes"))
+        .def(py::init(&make_tensors), py::arg("params"), py::arg("moments"), py::arg("sizes"), py::arg("p"),
+             py::arg("m"), py::arg("v"), py::arg("tops"), py::arg("steps"))
+        .def("step", &step_watched)
         .def("step", &step);
+    py::class_<CounterTable>(module, "CounterTable")
+        .def(py::init([](uintptr_t counts, uintptr_t used, int64_t groups) {
+                 return CounterTable{reinterpret_cast<int64_t*>(counts), reinterpret_cast<double*>(used), groups};
+             }),
+             py::arg("counts"), py::arg("used"), py::arg("groups"));
+    module.def("kernel", &kernel_for, py::arg("isa"), py::return_value_policy::reference);
     module.def("isas", [] {
         std::vector<std::string> names;
         for (const Kernel* kernel : kernels()) names.push_back(kernel->name);

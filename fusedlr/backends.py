@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class Backend:
     """A way to run `reference.step_`, with the same signature and the same meaning."""
 
     name: str
-    step_: Callable[..., None] | None
+    step_: Callable[..., Any] | None
     # devices of the tensors -> why it cannot run there, or None if it can
     why_not: Callable[[Iterable[torch.device]], str | None]
 

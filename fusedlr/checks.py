@@ -6,7 +6,6 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fusedlr.schedule import Schedule
 
@@ -71,9 +70,8 @@ def duplicates(params: list[Any]) -> None:
         seen[id(p)] = i
 
 
-def one_element(optimizer: Optimizer, name: str) -> Any:
-    """A scaler's attribute: None, a number, or a tensor of one element whatever its shape."""
-    value = getattr(optimizer, name, None)
+def one_element(name: str, value: Any) -> Any:
+    """What a scaler leaves: None, a number, or a tensor of one element whatever its shape."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected one element")
     return value

@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
-from weakref import WeakKeyDictionary
 
-# first, so that its OpenMP runtime is the one that is loaded
 import torch
 from torch import Tensor
 
-from fusedlr import reference
-from fusedlr.reference import Counters, GroupStep, Row, Signals, TensorMath
+from fusedlr import compiled, reference
+from fusedlr.plan import Pack, pack_of
+from fusedlr.reference import Counters, GroupStep, Row, Signals
 from fusedlr.schedule import SHAPES, Schedule
-
-try:
-    _cpu: Any = import_module("fusedlr._cpu")
-    _best_isa = _cpu.isas()[0]
-    _import_error = None
-except ImportError as error:
-    _import_error = str(error)
 
 # the order of Type in csrc/cpu_kernel.h
 _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,12 +28,9 @@ _KINDS = {
     for moments in (torch.float64, torch.float32, p)
 }
 
-_dtype = attrgetter("dtype")
-_of_row = attrgetter("param", "grad", "exp_avg", "exp_avg_sq", "step")
-_of_counters = attrgetter("k", "skipped", "skips_in_row", "lr", "grad_norm", "coef")
+_dtypes = attrgetter("param.dtype", "grad.dtype", "exp_avg.dtype", "exp_avg_sq.dtype")
 _of_group = attrgetter(
     "index",
-    "lr",
     "peak",
     "betas",
     "eps",
@@ -56,178 +44,129 @@ _of_group = attrgetter(
 
 def why_not(devices: Iterable[torch.device]) -> str | None:
     """Why the C++ kernel cannot update tensors on these devices, or None if it can."""
-    if _import_error is not None:
-        return f"the C++ kernel was not built ({_import_error}): install a C++17 compiler, then fusedlr again"
+    if compiled.cpu is None:
+        return (
+            f"the C++ kernel was not built ({compiled.error}): install a C++17 compiler, then fusedlr again"
+        )
     other = sorted({device.type for device in devices} - {"cpu"})
     return f"it does not run on {', '.join(other)}" if other else None
 
 
 def isas() -> list[str]:
     """Instruction sets the kernel has been compiled for and this machine has, the best first."""
-    return _cpu.isas()
+    return compiled.cpu.isas()
 
 
 def isa() -> str:
     """The instruction set in use: the best one, or `FUSEDLR_CPU_ISA` for debugging."""
-    return os.environ.get("FUSEDLR_CPU_ISA") or _best_isa
+    return os.environ.get("FUSEDLR_CPU_ISA") or isas()[0]
 
 
-class _Columns:
-    """The tensors of all rows by role, and their addresses.
+class _Kernel:
+    """The compiled loops over the tensors of a pack, and the numbers they take beside: one per pack."""
 
-    The host spends about 0.5 us per tensor here and in `_Packed.fits`, 0.2 ms for 448: any tensor may have
-    been moved since the last step, so every address is asked for.
-    """
+    def __init__(self, rows: Sequence[Row], kinds: Sequence[tuple[int, int]]) -> None:
+        params, moments = [kind[0] for kind in kinds], [kind[1] for kind in kinds]
+        p, g, m, v, steps = (
+            [getattr(row, name).data_ptr() for row in rows]
+            for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step")
+        )
+        largest = [row.max_exp_avg_sq for row in rows]
+        tops = [0 if top is None else top.data_ptr() for top in largest]
+        sizes = [row.param.numel() for row in rows]
+        self.gradients = g
+        tops = tops if any(tops) else []
+        self._tensors = compiled.cpu.Tensors(params, moments, sizes, p, m, v, tops, steps)
+        self._loops = compiled.cpu.kernel(isa())
+        self._groups: tuple[GroupStep, ...] = ()
+        self._counters: Counters | None = None
 
-    def __init__(self, rows: Sequence[Row], amsgrad: bool) -> None:
-        columns: tuple[Sequence[Tensor], ...] = tuple(zip(*map(_of_row, rows), strict=True)) or ((),) * 5
-        self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps = columns
-        self.tops: Sequence[Tensor | None] = [row.max_exp_avg_sq for row in rows] if amsgrad else ()
-        p, g, m, v, steps = (list(map(Tensor.data_ptr, column)) for column in columns)
-        tops = [0 if top is None else top.data_ptr() for top in self.tops]
-        self.addresses = p, g, m, v, tops, steps
-
-    def kept(self) -> tuple[Sequence[Any], ...]:
-        """The columns that hold the same objects in every step."""
-        return self.params, self.exp_avgs, self.exp_avg_sqs, self.tops, self.steps
-
-    def written(self) -> Iterable[Tensor]:
-        """Every tensor that a step writes."""
-        return chain(
-            self.params,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.steps,
-            (top for top in self.tops if top is not None),
+    def step_(
+        self, gradients: Any, groups: Sequence[GroupStep], counters: Counters, signals: Signals, joint: bool
+    ) -> tuple[list[int], list[int], list[float]]:
+        """`gradients`: a watch that has noted their addresses, or the addresses."""
+        if counters is not self._counters:
+            self._counters = counters
+            self._table = compiled.cpu.CounterTable(
+                counters.counts.data_ptr(), counters.used.data_ptr(), counters.k.numel()
+            )
+        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+            self._compile(groups)
+        scale, inf = signals.grad_scale, signals.found_inf
+        return self._tensors.step(
+            gradients,
+            self._loops,
+            self._compiled,
+            self._counts,
+            self._table,
+            None if scale is None else _number(scale),
+            inf is not None and _number(inf) != 0,
+            joint,
+            torch.get_num_threads(),
         )
 
-    def gradients_in_order(self) -> bool:
-        """Whether the memory of every gradient is its values, one after the other."""
-        return all(map(Tensor.is_contiguous, self.grads)) and not any(map(Tensor.is_neg, self.grads))
-
-    def lack_memory(self) -> bool:
-        """Whether a tensor keeps its values elsewhere, as tensors of some subclasses do."""
-        p, g, m, v, *_ = self.addresses
-        return any(0 in column for column in (p, g, m, v)) and any(
-            x.numel() and not x.data_ptr() for x in chain(self.written(), self.grads)
-        )
+    def _compile(self, groups: Sequence[GroupStep]) -> None:
+        # a tensor may change in place, so what was made of it is not kept
+        kept = not any(isinstance(group.lr, Tensor) for group in groups)
+        self._groups = tuple(groups) if kept else ()
+        self._compiled = list(map(_compiled_group, groups))
+        self._counts = [len(group.rows) for group in groups]
 
 
-class _Packed:
-    """What is kept of one optimizer from step to step: dtypes, sizes and pieces of work, hyperparameters."""
-
-    def __init__(self) -> None:
-        self.work: Any = None
-        # what was packed, and where it was
-        self.columns: tuple[Sequence[Any], ...] = ()
-        self.addresses: tuple[list[int], ...] = ()
-        self.dtypes: list[torch.dtype] = []
-        self.sizes: list[int] = []
-        self.groups: dict[int, tuple[tuple[Any, ...], Any]] = {}
-
-    def fits(self, columns: _Columns) -> bool:
-        """Whether these are the tensors that were packed, but for gradients as plain as those were."""
-        return (
-            self.work is not None
-            and all(map(_same, self.columns, columns.kept()))
-            # `.data =` and `set_` leave the object and change what it is
-            and self.addresses == columns.addresses[2:]
-            and _same(self.dtypes, list(map(_dtype, columns.params)))
-            and _same(self.dtypes, list(map(_dtype, columns.grads)))
-            and self.sizes == list(map(Tensor.numel, columns.params))
-            and not columns.lack_memory()
-            and all(map(Tensor.is_contiguous, columns.params))
-            and columns.gradients_in_order()
-        )
-
-    def pack(self, columns: _Columns, keep: bool) -> bool:
-        """Make the work of a step on these tensors; False if there is no loop for their dtypes."""
-        self.work = None
-        dtypes = (columns.params, columns.grads, columns.exp_avgs, columns.exp_avg_sqs)
-        types = [_KINDS.get(key) for key in zip(*(map(_dtype, column) for column in dtypes), strict=True)]
-        tops = zip(columns.tops, columns.exp_avg_sqs, strict=False)
-        if (
-            None in types
-            or any(top is not None and top.dtype != v.dtype for top, v in tops)
-            or any(step.dtype != torch.float32 for step in columns.steps)
-        ):
-            return False
-        params, moments = [kind[0] for kind in types if kind], [kind[1] for kind in types if kind]
-        self.sizes = list(map(Tensor.numel, columns.params))
-        self.work = _cpu.Tensors(params, moments, self.sizes)
-        # strong references: they are the optimizer's own, and go with the next step or the optimizer
-        self.columns = columns.kept() if keep else ((None,),)
-        self.addresses = columns.addresses[2:]
-        self.dtypes = list(map(_dtype, columns.params))
-        return True
-
-    def group(self, group: GroupStep) -> Any:
-        """The compiled module's view of a group, made anew when a value has changed."""
-        values = _of_group(group)
-        if isinstance(group.lr, Tensor):
-            # a tensor changed in place would equal itself
-            values = (values[0], group.lr.item(), *values[2:])
-        before = self.groups.get(group.index)
-        if before is None or before[0] != values:
-            index, lr, peak, (b1, b2), *rest = values
-            schedule = compiled(lr) if isinstance(lr, Schedule) else None
-            rate = float(lr) if schedule is None else 0.0
-            before = values, _cpu.Group(index, schedule, rate, peak, b1, b2, *rest)
-            self.groups[group.index] = before
-        return before[1]
+def _compiled_group(group: GroupStep) -> Any:
+    schedule = compiled_schedule(group.lr) if isinstance(group.lr, Schedule) else None
+    lr = 0.0 if isinstance(group.lr, Schedule) else _number(group.lr)
+    index, peak, (b1, b2), *rest = _of_group(group)
+    return compiled.cpu.Group(index, schedule, lr, peak, b1, b2, *rest)
 
 
-# belongs to an optimizer for as long as its counters do
-_packed: WeakKeyDictionary[TensorMath, _Packed] = WeakKeyDictionary()
+def step_(
+    groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool
+) -> tuple[list[int], list[int], list[float]] | None:
+    """Make one optimizer step, in place: see `reference.step_`."""
+    pack = pack_of(groups)
+    if pack.kernel is not None:
+        return pack.kernel.step_(pack.watch, groups, counters, signals, joint)
+    return _first_step_(pack, groups, counters, signals, joint)
 
 
 @torch.no_grad()
-def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool) -> None:
-    """Make one optimizer step, in place: see `reference.step_`."""
-    rows = ordered = [row for group in groups for row in group.rows]
-    amsgrad = any(group.amsgrad for group in groups)
-    columns = _Columns(rows, amsgrad)
-    packed = _packed.get(counters.math)
-    if packed is None:
-        packed = _packed[counters.math] = _Packed()
-    if not packed.fits(columns):
-        ordered = [_in_order(row) for row in rows]
-        copied = any(a is not b for a, b in zip(rows, ordered, strict=True))
-        columns = _Columns(ordered, amsgrad) if copied else columns
-        if counters.k.device.type != "cpu" or columns.lack_memory() or not packed.pack(columns, not copied):
-            packed.work = None
-            reference.step_(groups, counters, signals, joint=joint)
-            return
-    counts = [len(group.rows) for group in groups]
-    used = _of_counters(counters)
-    # autograd must know, so that a backward through values from before the step raises
-    torch.autograd.graph.increment_version(chain(columns.written(), used))
-    packed.work.step(
-        isa(),
-        *columns.addresses,
-        list(map(packed.group, groups)),
-        counts,
-        list(map(Tensor.data_ptr, used)),
-        None if signals.grad_scale is None else _number(signals.grad_scale),
-        signals.found_inf is not None and _number(signals.found_inf) != 0,
-        joint,
-        torch.get_num_threads(),
-    )
-    if ordered is not rows:
+def _first_step_(
+    pack: Pack, groups: Sequence[GroupStep], counters: Counters, signals: Signals, joint: bool
+) -> tuple[list[int], list[int], list[float]] | None:
+    """The step that packs; every step is one where tensors have to be copied or cannot be watched."""
+    rows = list(chain.from_iterable(group.rows for group in groups))
+    ordered = list(map(_in_order, rows))
+    kinds = [_KINDS.get(_dtypes(row)) for row in ordered]
+    if counters.k.device.type != "cpu" or not all(map(_runs, ordered, kinds)):
+        return reference.step_(groups, counters, signals, joint=joint)
+    kernel = _Kernel(ordered, [kind for kind in kinds if kind])
+    torch.autograd.graph.increment_version(chain.from_iterable(row.written() for row in rows))
+    read = kernel.step_(kernel.gradients, groups, counters, signals, joint)
+    if all(map(is_, rows, ordered)):
+        pack.kernel = kernel if pack.watch is not None else None
+    else:
         _copy_back(rows, ordered)
+    return read
 
 
-def compiled(schedule: Schedule, single: bool = False) -> Any:
+def compiled_schedule(schedule: Schedule, single: bool = False) -> Any:
     """The compiled module's view of a schedule, in double or single precision."""
     phases = [
         (p.begin, p.end, p.origin, p.from_, p.to, SHAPES.index(p.shape), p.shape_param)
         for p in schedule.phases
     ]
-    return (_cpu.Schedule32 if single else _cpu.Schedule)(phases, schedule.table)
+    return (compiled.cpu.Schedule32 if single else compiled.cpu.Schedule)(phases, schedule.table)
 
 
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
+def _runs(row: Row, kind: tuple[int, int] | None) -> bool:
+    """Whether there is a loop for these dtypes, and memory for it to read: some subclasses have none."""
+    largest = row.max_exp_avg_sq
+    if kind is None or row.step.dtype != torch.float32:
+        return False
+    if largest is not None and largest.dtype != row.exp_avg_sq.dtype:
+        return False
+    return all(x.data_ptr() for x in (row.grad, *row.written()) if x.numel())
 
 
 def _number(x: Tensor | float) -> float:

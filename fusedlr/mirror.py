@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Mirror:
 
     def __init__(self, counters: Counters) -> None:
         self._advances: list[int] = []
+        self.k: list[int] = []
         self._in_flight: _Copy | None = None
         self._warned = False
         self.attach(counters)
@@ -41,10 +43,15 @@ class Mirror:
         self._counters = counters
         self.sync()
 
-    def advance(self, group: int) -> None:
-        """Count one step of a group, to be corrected by the next copy if the device skipped it."""
-        self.k[group] += 1
-        self._advances[group] += 1
+    def advance(self, groups: list[bool]) -> None:
+        """Count one step of these groups, to be corrected by the next copy if the device skipped it."""
+        self.k = [k + made for k, made in zip(self.k, groups, strict=True)]
+        self._advances = [n + made for n, made in zip(self._advances, groups, strict=True)]
+
+    def tell(self, k: list[int], skips_in_row: list[int]) -> None:
+        """Take counts that a step on the CPU has left, as `refresh` would find them."""
+        self.k = k
+        self._warn_skips(skips_in_row)
 
     def sync(self) -> None:
         """Read the counters now (waits for the device)."""
@@ -53,11 +60,20 @@ class Mirror:
         self._in_flight = None
         self._take(values, self._advances)
 
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """Per group, as of the last copy that has arrived; as of now on the CPU."""
+        if self._counters.k.device.type == "cpu":
+            self.sync()
+        return self._metrics
+
     def refresh(self) -> None:
         """Take the last copy that has arrived and start the next one; never waits."""
         device = self._counters.k.device
         if device.type == "cpu":
-            self.sync()
+            # every step does this: what nobody may ask for is left where it is
+            k, _, in_row = self._counters.counts.tolist()
+            self.tell(k, in_row)
             return
         if self._in_flight is not None:
             if not self._in_flight.arrived.query():
@@ -74,29 +90,26 @@ class Mirror:
         k, skipped, in_row, lr, norm, coef = values.tolist()
         # steps counted here after the copy was started are not in it
         self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
-        self.metrics: dict[str, list[Any]] = {
+        self._metrics: dict[str, list[Any]] = {
             "lr": lr,
             "grad_norm": norm,
             "coef": coef,
             "skipped": [int(x) for x in skipped],
             "step": [int(x) for x in k],
         }
-        if not self._warned and max(in_row, default=0) >= _SKIPS_TO_WARN:
-            self._warned = True
-            warn(
-                f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
-                f"(last gradient norm {max(norm):g})"
-            )
+        self._warn_skips(in_row)
+
+    def _warn_skips(self, in_row: Sequence[float]) -> None:
+        if self._warned or max(in_row, default=0) < _SKIPS_TO_WARN:
+            return
+        self._warned = True
+        norms = self.metrics["grad_norm"]
+        warn(
+            f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
+            f"(last gradient norm {max(norms):g})"
+        )
 
 
 def _pack(counters: Counters) -> Tensor:
     """All counters as one matrix (6, groups) of floats, so that one copy takes them."""
-    rows = (
-        counters.k,
-        counters.skipped,
-        counters.skips_in_row,
-        counters.lr,
-        counters.grad_norm,
-        counters.coef,
-    )
-    return torch.stack([row.to(counters.lr.dtype) for row in rows])
+    return torch.cat([counters.counts.to(counters.used.dtype), counters.used])

@@ -6,7 +6,9 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,13 +17,29 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from fusedlr import backends, checkpoint, checks
-from fusedlr.groups import ParamGroup, set_quietly
+from fusedlr.eager import eager
+from fusedlr.groups import Notes, ParamGroup, set_quietly
 from fusedlr.mirror import Mirror
 from fusedlr.plan import Plan, trainable
 from fusedlr.reference import Counters, GroupStep, Signals
 from fusedlr.schedule import Schedule
 from fusedlr.scheduler import ScheduleView
 from fusedlr.warn import warn
+
+_NO_SIGNALS = Signals()
+
+
+@dataclass
+class _Prepared:
+    """A step made ready: what the next one can use again if only gradients and given rates have changed."""
+
+    backend: backends.Backend
+    groups: list[dict[str, Any]]
+    steps: list[GroupStep]
+    written: list[bool]  # whose lr was assigned from outside, over a schedule of its own
+    scheduled: bool  # whether there is a schedule that such an assignment would overrule
+    given: list[int]  # groups whose rate is read anew for every step
+    again: bool
 
 
 class FusedAdamW(Optimizer):
@@ -110,8 +128,7 @@ class FusedAdamW(Optimizer):
             "state_dtype": state_dtype,
             "backend": backends.check_name(backend),
         }
-        # ids of the groups whose lr was assigned from outside since the last step
-        self._writes: set[int] = set()
+        self._notes = Notes()
         defaults = {
             "lr": lr,
             "betas": checks.betas(betas),
@@ -136,6 +153,7 @@ class FusedAdamW(Optimizer):
         if self._settings["amp_scaling"]:
             self._step_supports_amp_scaling = True
         self._plan = Plan(self._settings["state_dtype"])
+        self._prepared: _Prepared | None = None
         self._view: weakref.ref[ScheduleView] | None = None
         self._k_loaded: list[int] | None = None
         self._warned_write = self._warned_fallback = False
@@ -148,7 +166,7 @@ class FusedAdamW(Optimizer):
 
     # --- the step
 
-    @torch._disable_dynamo
+    @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Unscale, clip, evaluate the schedule, update, count. Never copies anything to the host on a GPU.
 
@@ -165,7 +183,16 @@ class FusedAdamW(Optimizer):
         if torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
                 return self._hooked_step(closure)
-        return self._hooked_step(closure)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        ):
+            return self._hooked_step(closure)
+        loss = self._step(closure)
+        self._optimizer_step_code()
+        return loss
 
     # tells torch.optim.Optimizer that the hooks are dispatched here
     step.hooked = True  # type: ignore[attr-defined]
@@ -188,29 +215,80 @@ class FusedAdamW(Optimizer):
             hook(self, args, kwargs)
         return loss
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        # what is the same in the next step is kept in `_Prepared` and in the plan. Asked for anew: whether a
+        # group was written to (one flag), and every parameter, gradient and state tensor (the plan's watch)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        signals = _NO_SIGNALS
+        if scale is not None or inf is not None:
+            signals = Signals(checks.one_element("grad_scale", scale), checks.one_element("found_inf", inf))
+        prepared = self._prepared
+        try:
+            if prepared is None or not self._holds(prepared):
+                prepared = self._prepare()
+            elif self._counters.k.is_cuda and torch.cuda.is_current_stream_capturing():
+                self._check_capture(fresh=False)
+            read = prepared.backend.step_(  # type: ignore[misc]
+                prepared.steps, self._counters, signals, joint=self._joint
+            )
+        finally:
+            self._plan.release()
+        self._after_step(prepared, read)
+        return loss
+
+    def _holds(self, prepared: _Prepared) -> bool:
+        """Whether what was prepared for an earlier step is right for this one."""
+        groups, notes = self.param_groups, self._notes
+        if notes.changed or not prepared.again or (prepared.scheduled and notes.writes):
+            return False
+        if len(groups) != len(prepared.groups) or not all(map(is_, groups, prepared.groups)):
+            return False
+        for i in prepared.given:
+            rate = groups[i]["lr"]
+            # a tensor is read by the step itself
+            if not isinstance(rate, float):
+                return False
+            if rate != prepared.steps[i].lr:
+                prepared.steps[i] = replace(prepared.steps[i], lr=float(rate))
+        return self._plan.still_holds(groups, self.state)
+
+    @torch.no_grad()
+    def _prepare(self) -> _Prepared:
+        """Check and pack everything; raises before anything has been changed."""
+        self._prepared = None
         self._adopt_groups()
-        signals = Signals(checks.one_element(self, "grad_scale"), checks.one_element(self, "found_inf"))
         backend = self._backend()
         fresh = not self.state
+        groups = list(self.param_groups)
         # what is not a number raises here, before any group has been updated
-        written = [id(group) in self._writes for group in self.param_groups]
-        steps = [self._group_step(i, group, written[i], fresh) for i, group in enumerate(self.param_groups)]
+        written = [id(group) in self._notes.writes for group in groups]
+        steps = [self._group_step(i, group, written[i], fresh) for i, group in enumerate(groups)]
         normed = [step.max_grad_norm is not None or step.skip_nonfinite for step in steps]
-        rows = self._plan.gather(self.param_groups, self.state, normed)
+        rows = self._plan.gather(groups, self.state, normed)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self._check_capture(fresh)
         self._place_counters()
-        for step, some in zip(steps, rows, strict=True):
-            step.rows = some
-        backend.step_(steps, self._counters, signals, joint=self.groups == "joint")  # type: ignore[misc]
-        self._after_step(steps, written)
-        return loss
+        steps = [replace(step, rows=some) for step, some in zip(steps, rows, strict=True)]
+        scheduled = [group.get("schedule") is not None for group in groups]
+        over = [a and b for a, b in zip(written, scheduled, strict=True)]
+        # a list of betas may be changed in place, which nothing would note
+        plain = all(type(group["betas"]) is tuple for group in groups)
+        prepared = _Prepared(
+            backend=backend,
+            groups=groups,
+            steps=steps,
+            written=over,
+            scheduled=any(scheduled),
+            given=[i for i, own in enumerate(scheduled) if not own],
+            again=plain and not any(over) and all(step.advance for step in steps),
+        )
+        self._prepared = prepared
+        self._notes.changed = False
+        return prepared
 
     def _group_step(self, index: int, group: dict[str, Any], written: bool, fresh: bool) -> GroupStep:
         schedule = group.get("schedule")
@@ -238,19 +316,25 @@ class FusedAdamW(Optimizer):
             advance=not allocation,
         )
 
-    def _after_step(self, steps: list[GroupStep], written: list[bool]) -> None:
+    def _after_step(self, prepared: _Prepared, read: Any) -> None:
         """Show the rate just used in `group["lr"]` and count the step on the host."""
         self._k_loaded = None
-        self._shown = list(self._mirror.k)
-        for step, group, from_outside in zip(steps, self.param_groups, written, strict=True):
+        self._shown = before = self._mirror.k
+        rates = read[2] if read is not None else None
+        for i, step in enumerate(prepared.steps):
             if isinstance(step.lr, Schedule):
-                set_quietly(group, "lr", step.lr.lr_at(self._mirror.k[step.index], step.peak))
-            elif from_outside and step.advance and group.get("schedule") is not None:
-                self._warn_write(step.index, group)
-            if step.advance and (self.groups == "joint" or step.rows):
-                self._mirror.advance(step.index)
-        self._writes.clear()
-        if self._counters.k.device.type == "cpu":
+                rate = rates[i] if rates is not None else step.lr.lr_at(before[i], step.peak)
+                set_quietly(prepared.groups[i], "lr", rate)
+            elif prepared.written[i] and step.advance:
+                self._warn_write(i, prepared.groups[i])
+        self._notes.writes.clear()
+        if read is not None:
+            self._mirror.tell(*read[:2])
+            return
+        self._mirror.advance(
+            [step.advance and (self._joint or len(step.rows) > 0) for step in prepared.steps]
+        )
+        if not self._counters.k.is_cuda:
             # on the CPU the counters are at hand: nothing to wait for
             self._mirror.refresh()
 
@@ -281,7 +365,7 @@ class FusedAdamW(Optimizer):
                 "never update them. Call zero_grad(set_to_none=False) before the capture"
             )
 
-    @torch._disable_dynamo
+    @eager
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients: to None, or to zero in place."""
         grads = []
@@ -331,7 +415,7 @@ class FusedAdamW(Optimizer):
             checks.max_grad_norm(group["max_grad_norm"])
         self._resolve_schedule(group)
         super().add_param_group(group)
-        self.param_groups[-1] = ParamGroup(group, self._writes)
+        self.param_groups[-1] = ParamGroup(group, self._notes)
         if "_mirror" in self.__dict__:
             # not while torch's constructor adds the first groups
             k = [*self._read_k(), 0]
@@ -373,9 +457,9 @@ class FusedAdamW(Optimizer):
     def _adopt_groups(self) -> None:
         """Wrap groups that were put into `param_groups` from outside, and count the steps of new ones."""
         for i, group in enumerate(self.param_groups):
-            if isinstance(group, ParamGroup) and group.belongs_to(self._writes):
+            if isinstance(group, ParamGroup) and group.belongs_to(self._notes):
                 continue
-            self.param_groups[i] = wrapped = ParamGroup(group, self._writes)
+            self.param_groups[i] = wrapped = ParamGroup(group, self._notes)
             if isinstance(wrapped.get("schedule"), (list, tuple)):
                 set_quietly(wrapped, "schedule", Schedule.from_numbers(wrapped["schedule"]))
             schedule = wrapped.get("schedule")
@@ -383,7 +467,7 @@ class FusedAdamW(Optimizer):
                 # a plain dict does not tell who wrote; a rate that is not ours did come from outside
                 ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self._shown[i], self._mirror.k[i])}
                 if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
-                    self._writes.add(id(wrapped))
+                    self._notes.writes.add(id(wrapped))
         if len(self.param_groups) != len(self._mirror.k):
             k = (self._read_k() + [0] * len(self.param_groups))[: len(self.param_groups)]
             self._resize_counters(len(k))
@@ -400,7 +484,7 @@ class FusedAdamW(Optimizer):
     # --- what the host shows
 
     @property
-    @torch._disable_dynamo
+    @eager
     def scheduler(self) -> ScheduleView:
         """A view of the schedule with the face of an `LRScheduler`, for trainers and loggers."""
         view = self._view() if self._view is not None else None
@@ -410,7 +494,7 @@ class FusedAdamW(Optimizer):
             self._view = weakref.ref(view)
         return view
 
-    @torch._disable_dynamo
+    @eager
     def metrics(self) -> dict[str, Tensor]:
         """What the last step used, as new tensors on the device; no copy to the host.
 
@@ -424,7 +508,7 @@ class FusedAdamW(Optimizer):
             shared = {name: value[0] for name, value in shared.items()}
         return {name: value.clone() for name, value in {"lr": c.lr, **shared, "step": c.k}.items()}
 
-    @torch._disable_dynamo
+    @eager
     def last_metrics(self) -> dict[str, Any]:
         """`metrics` in plain numbers, as of the last copy that has reached the host; starts the next copy.
 
@@ -444,7 +528,7 @@ class FusedAdamW(Optimizer):
             if group.get("schedule") is not None:
                 rate = group["schedule"].lr_at(step, group["initial_lr"])
                 set_quietly(group, "lr", rate)
-                self._writes.discard(id(group))
+                self._notes.writes.discard(id(group))
 
     def _show_next(self) -> None:
         self._adopt_groups()
@@ -469,16 +553,15 @@ class FusedAdamW(Optimizer):
         if device != self._counters.k.device:
             old, k = self._counters, self._read_k()
             self._counters = Counters.zeros(len(k), device)
-            for name in ("skipped", "skips_in_row"):
-                getattr(self._counters, name).copy_(getattr(old, name))
+            self._counters.counts[1:] = old.counts[1:].to(device)
             self._place_k(k)
 
     def _resize_counters(self, groups: int) -> None:
         old, device = self._counters, self._counters.k.device
         self._counters = Counters.zeros(groups, device)
         kept = min(groups, old.k.numel())
-        for name in ("skipped", "skips_in_row", "lr", "grad_norm", "coef"):
-            getattr(self._counters, name)[:kept] = getattr(old, name)[:kept]
+        self._counters.counts[1:, :kept] = old.counts[1:, :kept]
+        self._counters.used[:, :kept] = old.used[:, :kept]
 
     def _place_k(self, k: list[int]) -> None:
         self._counters.k.copy_(torch.tensor(k, device="cpu"))
@@ -507,10 +590,11 @@ class FusedAdamW(Optimizer):
         Reads the counters from the device.
         """
         self._adopt_groups()
-        latest = checkpoint.max_steps(self.param_groups, self.state, joint=self.groups == "joint")
+        latest = checkpoint.max_steps(self.param_groups, self.state, joint=self._joint)
         for group, k, t in zip(self.param_groups, self._read_k(), latest, strict=True):
             if group.get("schedule") is not None:
-                group["k"], group["k_at_step"] = k, t
+                set_quietly(group, "k", k)
+                set_quietly(group, "k_at_step", t)
         # post-hooks are to see what is saved, so they run on the finished dict
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
@@ -531,7 +615,7 @@ class FusedAdamW(Optimizer):
                 state_dict = result
         return state_dict
 
-    @torch._disable_dynamo
+    @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of `torch.optim.AdamW`, in the middle of a run too.
 
@@ -576,8 +660,12 @@ class FusedAdamW(Optimizer):
         state = dict(state)
         k, skipped = state.pop("_k", None), state.pop("_skipped", None)
         super().__setstate__(state)
-        self.__dict__.setdefault("_writes", set()).clear()
-        self.param_groups = [ParamGroup(group, self._writes) for group in self.param_groups]
+        self.__dict__.setdefault("_notes", Notes()).writes.clear()
+        if "_plan" in self.__dict__:
+            # what was packed belongs to the state that is being replaced
+            self._plan.forget()
+            self._prepared = None
+        self.param_groups = [ParamGroup(group, self._notes) for group in self.param_groups]
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 if name != "lr" and name not in group:
@@ -598,6 +686,7 @@ class FusedAdamW(Optimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         self._settings["max_grad_norm"] = checks.max_grad_norm(value)
+        self._notes.changed = True
 
     @property
     def nonfinite(self) -> str:
@@ -612,6 +701,10 @@ class FusedAdamW(Optimizer):
     def groups(self) -> str:
         """`"joint"` or `"independent"`."""
         return self._settings["groups"]
+
+    @property
+    def _joint(self) -> bool:
+        return self._settings["groups"] == "joint"
 
     @property
     def backend(self) -> str:

@@ -1,21 +1,71 @@
 """From an optimizer's groups and state to the rows of one step: gathers and checks gradients, keeps counters.
 
 Everything is checked before anything is allocated or changed. What is kept between steps is one float32
-tensor of update counts per device, of which every `state[p]["step"]` is a view.
+tensor of update counts per device, of which every `state[p]["step"]` is a view, and how tensors were packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fusedlr.reference import Row
+from fusedlr import compiled
+from fusedlr.reference import GroupStep, Row
 
 State = dict[Tensor, dict[str, Any]]
+
+
+class Pack:
+    """The tensors of one step, and what a backend has made of them: valid until one is moved or replaced.
+
+    Attributes:
+        watch: the compiled check that all is still as it was; it also knows the gradients' addresses. None
+            where that cannot be told, so that every step packs anew.
+        kernel: for the backend to keep what it needs to run these tensors again.
+    """
+
+    def __init__(self, watch: Any = None) -> None:
+        self.watch = watch
+        self.kernel: Any = None
+
+
+class Rows(Sequence[Row]):
+    """The rows of a group, with the gradients of now; holds no tensor but the parameters."""
+
+    def __init__(self, params: list[Tensor], state: State, amsgrad: bool, pack: Pack) -> None:
+        self._params = params
+        self._state = state
+        self._amsgrad = amsgrad
+        # weak: what a backend keeps in a pack may hold its rows
+        self.pack = weakref.ref(pack)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self._row(p) for p in self._params[index]]
+        return self._row(self._params[index])
+
+    def _row(self, p: Tensor) -> Row:
+        entry = self._state[p]
+        largest = entry["max_exp_avg_sq"] if self._amsgrad else None
+        return Row(p, p.grad, entry["exp_avg"], entry["exp_avg_sq"], largest, entry["step"])  # type: ignore[arg-type]
+
+
+def pack_of(groups: Sequence[GroupStep]) -> Pack:
+    """The pack that these groups' rows are of, or an empty one for rows that come from elsewhere."""
+    rows = groups[0].rows if groups else ()
+    return (rows.pack() if isinstance(rows, Rows) else None) or Pack()
 
 
 class Plan:
@@ -25,8 +75,26 @@ class Plan:
         self._state_dtype = state_dtype
         # parameter -> its view into the counters of its device
         self._steps: dict[Tensor, Tensor] = {}
+        self._pack: Pack | None = None
 
-    def gather(self, groups: list[dict[str, Any]], state: State, normed: list[bool]) -> list[list[Row]]:
+    def still_holds(self, groups: Sequence[dict[str, Any]], state: State) -> bool:
+        """Whether the rows of the last `gather` are right for this step too; the gradients are then noted.
+
+        Groups must have the options they had then. Follow it by `release`, whatever it says.
+        """
+        watch = self._pack.watch if self._pack is not None else None
+        return watch is not None and watch.same([group["params"] for group in groups], state)
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        if self._pack is not None and self._pack.watch is not None:
+            self._pack.watch.release()
+
+    def forget(self) -> None:
+        """Pack anew at the next step."""
+        self._pack = None
+
+    def gather(self, groups: list[dict[str, Any]], state: State, normed: list[bool]) -> list[Rows]:
         """For every group the rows of its trainable parameters that have a gradient.
 
         `normed` says of every group whether the norm of its gradients is needed. State of parameters that get
@@ -35,6 +103,7 @@ class Plan:
         Raises:
             RuntimeError: a gradient or state entry does not fit its parameter. Nothing has been changed then.
         """
+        self._pack = None
         found = [[p for p in trainable([group]) if p.grad is not None] for group in groups]
         for i, (group, params) in enumerate(zip(groups, found, strict=True)):
             for p in params:
@@ -45,10 +114,9 @@ class Plan:
             for p in params:
                 self._ensure_state(p, state[p], group["amsgrad"])
         self._place_counters(groups, state, found)
-        return [
-            [_row(p, state[p], group["amsgrad"]) for p in params]
-            for group, params in zip(groups, found, strict=True)
-        ]
+        amsgrad = [bool(group["amsgrad"]) for group in groups]
+        pack = self._pack = Pack(_watch([group["params"] for group in groups], amsgrad, state))
+        return [Rows(params, state, flag, pack) for params, flag in zip(found, amsgrad, strict=True)]
 
     def state_dtype(self, p: Tensor) -> torch.dtype:
         """Dtype of the moments of `p`: fp32 for 16-bit parameters, unless they follow the parameter."""
@@ -107,9 +175,17 @@ def _copy_step(view: Tensor, value: Any) -> None:
         view.fill_(float(value))
 
 
-def _row(p: Tensor, entry: dict[str, Any], amsgrad: bool) -> Row:
-    largest = entry["max_exp_avg_sq"] if amsgrad else None
-    return Row(p, p.grad, entry["exp_avg"], entry["exp_avg_sq"], largest, entry["step"])  # type: ignore[arg-type]
+def _watch(params: list[list[Tensor]], amsgrad: list[bool], state: State) -> Any:
+    """The compiled module's watch over these tensors, None where it cannot keep it."""
+    if compiled.cpu is None:
+        return None
+    try:
+        watch = compiled.cpu.Watch(params, amsgrad, state)
+    except (BufferError, RuntimeError):
+        # tensors without memory of their own, as of some subclasses
+        return None
+    # notes where the gradients are
+    return watch if watch.same(params, state) else None
 
 
 def _misfit(p: Tensor, grad: Tensor | None, normed: bool) -> str | None:

@@ -43,13 +43,18 @@ class Row:
     max_exp_avg_sq: Tensor | None  # only with amsgrad
     step: Tensor  # t_i, updates applied to this tensor; 0-dim float32
 
+    def written(self) -> list[Tensor]:
+        """The tensors that a step writes."""
+        tensors = (self.param, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.step)
+        return [x for x in tensors if x is not None]
 
-@dataclass
+
+@dataclass(frozen=True)
 class GroupStep:
     """What the step needs of one param group."""
 
     index: int
-    rows: list[Row]
+    rows: Sequence[Row]
     lr: Schedule | float | Tensor  # a schedule is evaluated on the device, at k
     peak: float
     betas: tuple[float, float]
@@ -62,7 +67,7 @@ class GroupStep:
     advance: bool = True  # whether k counts this step
 
 
-@dataclass
+@dataclass(frozen=True)
 class Signals:
     """What a GradScaler leaves on the optimizer for one step; None where it left nothing."""
 
@@ -113,38 +118,42 @@ class TensorMath:
 
 @dataclass
 class Counters:
-    """Per-group counters and what the last step used, each of shape (groups,), on one device."""
+    """Per-group counters and what the last step used, on one device.
 
-    k: Tensor  # int64, updates made: drives the schedule
-    skipped: Tensor  # int64, steps skipped
-    skips_in_row: Tensor  # int64, steps skipped since the last update
-    lr: Tensor
-    grad_norm: Tensor  # nan where no norm was needed
-    coef: Tensor  # clipping coefficient, 1 where nothing was clipped
+    Attributes:
+        counts: int64 of shape (3, groups). Its rows are `k` (updates made: drives the schedule), `skipped`
+            (steps) and `skips_in_row` (steps skipped since the last update).
+        used: of shape (3, groups). Its rows are `lr`, `grad_norm` (nan where none was needed) and `coef` (of
+            clipping, 1 where nothing was clipped).
+    """
+
+    counts: Tensor
+    used: Tensor
     math: TensorMath = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Name the rows."""
+        self.k, self.skipped, self.skips_in_row = self.counts.unbind()
+        self.lr, self.grad_norm, self.coef = self.used.unbind()
 
     @staticmethod
     def zeros(groups: int, device: torch.device) -> Counters:
         """Counters of an optimizer that has made no step."""
-
-        def full(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((groups,), value, dtype=dtype, device=device)
-
-        real = scalar_dtype(device)
-        return Counters(
-            k=full(0, torch.int64),
-            skipped=full(0, torch.int64),
-            skips_in_row=full(0, torch.int64),
-            lr=full(0, real),
-            grad_norm=full(math.nan, real),
-            coef=full(1, real),
-            math=TensorMath(device),
+        counts = torch.zeros((3, groups), dtype=torch.int64, device=device)
+        counters = Counters(
+            counts, torch.zeros((3, groups), dtype=scalar_dtype(device), device=device), TensorMath(device)
         )
+        counters.grad_norm.fill_(math.nan)
+        counters.coef.fill_(1)
+        return counters
 
 
 @torch.no_grad()
 def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool) -> None:
     """Make one optimizer step, in place.
+
+    Backends have the same signature. One that has them at hand returns, per group, `k`, `skips_in_row` and
+    the rate used, in plain numbers; None is for the host to find out.
 
     Args:
         groups: every param group in order, with the rows that have a gradient.

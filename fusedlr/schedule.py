@@ -204,12 +204,23 @@ class Schedule:
         >>> cosine(warmup_steps=10, total_steps=110).lr_at(5, peak=2e-4)
         0.0001
         """
-        k = _integer("k", k)
-        peak = _non_negative("peak", peak)
+        # an optimizer asks at every step: plain numbers in range need no more than a look
+        if type(k) is not int:
+            k = _integer("k", k)
+        if type(peak) is not float or not 0 <= peak < math.inf:
+            peak = _non_negative("peak", peak)
         phases = self.resolve(peak).phases
         # the last phase that has begun; alone it gives what `evaluate` gives for all
-        i = max(bisect_right(phases, k, key=lambda phase: phase.begin), 1)
+        i = max(bisect_right(self._begins, k), 1)
         return float(peak * evaluate(phases[i - 1 : i], k, self.table))
+
+    @functools.cached_property
+    def _begins(self) -> list[int]:
+        return [phase.begin for phase in self.phases]
+
+    @functools.cached_property
+    def _is_absolute(self) -> bool:
+        return any(isinstance(level, Absolute) for phase in self.phases for level in (phase.from_, phase.to))
 
     def resolve(self, peak: float) -> Schedule:
         """The same schedule with every absolute level turned into a ratio of `peak`.
@@ -217,7 +228,7 @@ class Schedule:
         Raises:
             ValueError: a level is above `peak`.
         """
-        if not any(isinstance(level, Absolute) for phase in self.phases for level in (phase.from_, phase.to)):
+        if not self._is_absolute:
             return self
 
         def ratio(level: float | Absolute) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.optim.lr_scheduler import LRScheduler
+
+from fusedlr.eager import eager
 
 if TYPE_CHECKING:
     from fusedlr.optimizer import FusedAdamW
@@ -53,12 +54,12 @@ class ScheduleView(LRScheduler):
         return self.get_last_lr()
 
     # torch.compile cannot follow groups that are no plain dicts
-    @torch._disable_dynamo
+    @eager
     def step(self, epoch: int | None = None) -> None:
         """Show the rate of the coming update in `group["lr"]`. `epoch` is accepted and has no effect."""
         self.optimizer._show_next()
 
-    @torch._disable_dynamo
+    @eager
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """Per group, the rate of the update just made, or of the coming one after `step()`; plain floats."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]

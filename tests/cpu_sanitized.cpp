@@ -30,7 +30,8 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
         }
     }
     if (!amsgrad) columns[4].clear();
-    Tensors tensors(std::vector<int>(n, param), std::vector<int>(n, moments), sizes);
+    Tensors tensors(std::vector<int>(n, param), std::vector<int>(n, moments), sizes, columns[0], columns[2],
+                    columns[3], columns[4], columns[5]);
     auto schedule = std::make_shared<Schedule<double>>();
     schedule->phases = {
         {0, 5, 0, 0, 1, kLinear, 0}, {5, 9, 5, 1, 0, kCosine, 0.5}, {9, 10, 9, 0, 1, kTable, 0}};
@@ -42,7 +43,7 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
     std::vector<double> lr(3), norm(3), coef(3);
     const Counters counters = {k.data(), skipped.data(), in_row.data(), lr.data(), norm.data(), coef.data()};
     for (int i = 0; i < 12; ++i) {
-        tensors.place(columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]);
+        tensors.place_gradients(columns[1]);
         tensors.step(kernel, {&first, &none, &last}, {5, 0, int64_t(n) - 5}, counters,
                      {i % 2 == 0, 4.0, i == 3}, joint, threads);
     }

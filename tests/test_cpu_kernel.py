@@ -26,7 +26,7 @@ from schedule_zoo import ZOO
 from torch import Tensor
 
 import fusedlr
-from fusedlr import cpu, reference
+from fusedlr import compiled, cpu, reference
 from fusedlr.reference import Counters, GroupStep, Row, Signals
 
 if cpu.why_not([torch.device("cpu")]):
@@ -243,7 +243,8 @@ def test_counts_as_the_reference(max_grad_norm: float | None, skip_nonfinite: bo
         make_group(rows[3:], **options, index=3, advance=False),
     ]
     if not joint:
-        groups[2].max_grad_norm, groups[3].skip_nonfinite = 0.1, True
+        groups[2] = replace(groups[2], max_grad_norm=0.1)
+        groups[3] = replace(groups[3], skip_nonfinite=True)
     found = [None, 0.0, torch.tensor([[0.0]]), 1.0, torch.tensor(2.0), math.nan, -1.0, True, torch.tensor(0)]
     scales = [None, 1.0, torch.tensor(64.0), torch.tensor([2], dtype=torch.int64), 0.5]
     signals = [Signals(scales[i % len(scales)], found[i % len(found)]) for i in range(12)]
@@ -265,7 +266,7 @@ def test_a_sum_of_squares_that_fp32_cannot_hold_is_skipped_as_in_the_reference()
 @pytest.mark.parametrize("name", ZOO)
 def test_schedule_agrees_with_the_definition(name: str, single: bool) -> None:
     def evaluator(schedule: fusedlr.Schedule, k: Any, peak: float) -> Any:
-        return np.array(cpu.compiled(schedule.resolve(peak), single).rates(k.tolist(), peak))
+        return np.array(cpu.compiled_schedule(schedule.resolve(peak), single).rates(k.tolist(), peak))
 
     schedule_parity.check(evaluator, ZOO[name], np.float32 if single else np.float64)
 
@@ -415,7 +416,8 @@ def test_other_devices_are_refused_with_the_reason() -> None:
 
 
 def test_a_module_that_does_not_import_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_import_error", "No module named 'fusedlr._cpu'")
+    monkeypatch.setattr(compiled, "cpu", None)
+    monkeypatch.setattr(compiled, "error", "No module named 'fusedlr._cpu'")
     assert "No module named" in str(cpu.why_not([CPU]))
     optimizer = fusedlr.FusedAdamW([torch.nn.Parameter(torch.ones(3))])
     assert optimizer.backend == "reference"

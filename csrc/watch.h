@@ -1,0 +1,67 @@
+// Whether the tensors of an optimizer are still what they were when they were packed, and where their gradients
+// are now: what a step costs the host. Called by fusedlr/plan.py through cpu_module.cpp.
+//
+// About 0.2 us per tensor, 0.1 ms for 448: any of its tensors may have been moved, replaced or given another
+// gradient since the last step (`p.data = x`, zero_grad, a loaded or offloaded state), and every kernel is
+// given addresses. Asking from Python costs four times that, in some twenty calls per tensor.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dlpack_abi.h"
+
+namespace fusedlr {
+
+// what a tensor is, as torch tells it; ends are indices into the shapes and strides of all of them
+struct Meta {
+    void* data;
+    PyTypeObject* type;
+    dlpack::Device device;
+    dlpack::DataType dtype;
+    int64_t size;  // elements
+    uint32_t begin, end;
+};
+
+class Watch {
+  public:
+    // params: one list of parameters per group; amsgrad: per group; state: the optimizer's
+    Watch(const pybind11::list& params, const std::vector<bool>& amsgrad, const pybind11::dict& state);
+
+    // whether all is as it was, but for the values and the addresses of gradients, which are noted
+    bool same(const pybind11::list& params, const pybind11::dict& state);
+
+    // tells autograd that the step writes to its tensors: a backward through older values then raises
+    void increment_versions() const;
+    // lets go of the tensors, which are kept alive from same on
+    void release();
+
+    const std::vector<uintptr_t>& gradients() const { return gradients_; }
+
+  private:
+    struct Param {
+        // never followed unless a list or the state holds the same pointer now
+        PyObject* object;
+        bool trainable;
+        int64_t row;  // -1 without a gradient
+    };
+    struct Row {
+        Meta of[5];      // parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq
+        PyObject* step;  // kept alive by the plan
+    };
+
+    Meta meta(PyObject* tensor);
+    bool as_before(PyObject* tensor, const Meta& before, void** moved_to = nullptr) const;
+    void add_row(PyObject* param, PyObject* entry, bool amsgrad);
+
+    std::vector<std::vector<Param>> params_;
+    std::vector<Row> rows_;
+    std::vector<std::pair<PyObject*, int64_t>> state_;  // keys in order, and their rows
+    std::vector<int64_t> extents_;                      // shapes and strides
+    std::vector<uintptr_t> gradients_;
+    pybind11::list written_, alive_, steps_;
+};
+
+}  // namespace fusedlr
