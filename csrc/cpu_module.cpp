@@ -120,6 +120,70 @@ py::tuple step_watched(Tensors& tensors, const Watch& watch, const Kernel& kerne
                 threads);
 }
 
+// A step like the last one, from the optimizer's groups and state to their new values in one call: Python's own
+// share of a small step is larger than the kernel's, above all where other code ran in between.
+class Repeat {
+  public:
+    Repeat(py::list groups, py::object watch, py::object tensors, const Kernel& kernel,
+           const std::vector<const Group*>& steps, std::vector<int64_t> counts, const CounterTable& counters,
+           bool joint)
+        : groups_(groups),
+          watch_(watch),
+          tensors_(tensors),
+          kernel_(kernel),
+          counts_(counts),
+          counters_(counters),
+          joint_(joint),
+          lr_name_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("lr"))) {
+        for (const Group* step : steps) steps_.push_back(*step);
+        for (const Group& step : steps_) pointers_.push_back(&step);
+    }
+
+    // None where more than gradients and given rates has changed: nothing has been done then
+    py::object operator()(const py::list& groups, const py::dict& state, int threads) {
+        Watch& watch = watch_.cast<Watch&>();
+        if (groups.size() != steps_.size()) return py::none();
+        for (size_t i = 0; i < steps_.size(); ++i) {
+            PyObject* const group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i));
+            if (group != PyList_GET_ITEM(groups_.ptr(), Py_ssize_t(i))) return py::none();
+            if (steps_[i].schedule) continue;
+            PyObject* const lr = PyDict_GetItemWithError(group, lr_name_.ptr());
+            // a tensor may be anything by now
+            if (!lr || !PyFloat_Check(lr)) return py::none();
+            steps_[i].lr = PyFloat_AS_DOUBLE(lr);
+        }
+        if (!watch.same(groups, state)) {
+            watch.release();
+            return py::none();
+        }
+        const py::tuple told = step_watched(tensors_.cast<Tensors&>(), watch, kernel_, pointers_, counts_,
+                                            counters_, std::nullopt, false, joint_, threads);
+        watch.release();
+        show(told[2]);
+        return told;
+    }
+
+  private:
+    // the rate just used, past the group's own __setitem__: nobody from outside wrote it
+    void show(const py::list& rates) const {
+        for (size_t i = 0; i < steps_.size(); ++i) {
+            PyObject* const group = PyList_GET_ITEM(groups_.ptr(), Py_ssize_t(i));
+            if (steps_[i].schedule && PyDict_SetItem(group, lr_name_.ptr(), rates[i].ptr()))
+                throw py::error_already_set();
+        }
+    }
+
+    py::list groups_;
+    py::object watch_, tensors_;
+    const Kernel& kernel_;
+    std::vector<Group> steps_;
+    std::vector<const Group*> pointers_;
+    std::vector<int64_t> counts_;
+    CounterTable counters_;
+    bool joint_;
+    py::object lr_name_;
+};
+
 template <class R>
 void define_schedule(py::module_& module, const char* name) {
     using S = Schedule<R>;
@@ -135,8 +199,7 @@ PYBIND11_MODULE(_cpu, module) {
     define_schedule<float>(module, "Schedule32");
     py::class_<Group>(module, "Group").def(py::init(&make_group));
     py::class_<Watch>(module, "Watch")
-        .def(py::init<const py::list&, const std::vector<bool>&, const py::dict&>(), py::arg("params"),
-             py::arg("amsgrad"), py::arg("state"))
+        .def(py::init<const py::list&, const py::dict&>(), py::arg("groups"), py::arg("state"))
         .def("same", &Watch::same)
         .def("release", &Watch::release)
         .def_property_readonly("gradients", &Watch::gradients);
@@ -151,6 +214,12 @@ PYBIND11_MODULE(_cpu, module) {
                  return CounterTable{reinterpret_cast<int64_t*>(counts), reinterpret_cast<double*>(used), groups};
              }),
              py::arg("counts"), py::arg("used"), py::arg("groups"));
+    py::class_<Repeat>(module, "Repeat")
+        .def(py::init<py::list, py::object, py::object, const Kernel&, const std::vector<const Group*>&,
+                      std::vector<int64_t>, const CounterTable&, bool>(),
+             py::arg("groups"), py::arg("watch"), py::arg("tensors"), py::arg("kernel"), py::arg("steps"),
+             py::arg("counts"), py::arg("counters"), py::arg("joint"))
+        .def("__call__", &Repeat::operator());
     module.def("kernel", &kernel_for, py::arg("isa"), py::return_value_policy::reference);
     module.def("isas", [] {
         std::vector<std::string> names;

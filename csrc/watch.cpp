@@ -17,7 +17,7 @@ struct Torch {
     PyObject *grad, *requires_grad;       // their getters
     PyObject *is_neg;                     // unbound method
     PyObject *increment_version;
-    PyObject *grad_name, *requires_grad_name;
+    PyObject *grad_name, *requires_grad_name, *params_name;
     PyObject* state_names[4];
 
     Torch() {
@@ -32,6 +32,7 @@ struct Torch {
         increment_version = keep(torch.attr("autograd").attr("graph").attr("increment_version"));
         grad_name = PyUnicode_InternFromString("grad");
         requires_grad_name = PyUnicode_InternFromString("requires_grad");
+        params_name = PyUnicode_InternFromString("params");
         const char* const names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"};
         for (int i = 0; i < 4; ++i) state_names[i] = PyUnicode_InternFromString(names[i]);
         const py::object capsule = py::getattr(py::handle(tensor), "__dlpack_c_exchange_api__", py::none());
@@ -97,17 +98,18 @@ PyObject* item(PyObject* entry, int i) {
 
 }  // namespace
 
-Watch::Watch(const py::list& params, const std::vector<bool>& amsgrad, const py::dict& state) {
+Watch::Watch(const py::list& groups, const py::dict& state) {
     if (!torch().exchange) throw std::runtime_error("this torch does not describe tensors by DLPack's C ABI");
     std::vector<std::pair<PyObject*, int64_t>> row_of;
-    for (size_t i = 0; i < params.size(); ++i) {
+    for (const py::handle group : groups) {
+        const bool amsgrad = py::bool_(py::object(group["amsgrad"]));
         params_.emplace_back();
-        for (const py::handle param : py::list(params[i])) {
+        for (const py::handle param : py::list(group["params"])) {
             PyObject* const p = param.ptr();
             Param seen = {p, torch().is_trainable(p), -1};
             if (seen.trainable && !torch().gradient(p).is_none()) {
                 seen.row = int64_t(rows_.size());
-                add_row(p, state[param].ptr(), amsgrad[i]);
+                add_row(p, py::object(state[param]).ptr(), amsgrad);
                 row_of.emplace_back(p, seen.row);
             }
             params_.back().push_back(seen);
@@ -171,18 +173,21 @@ bool Watch::as_before(PyObject* tensor, const Meta& before, void** moved_to) con
            same_extents(t, extents_.data() + before.begin);
 }
 
-bool Watch::same(const py::list& params, const py::dict& state) try {
+bool Watch::same(const py::list& groups, const py::dict& state) try {
     release();
-    if (params.size() != params_.size() || state.size() != state_.size()) return false;
+    if (groups.size() != params_.size() || state.size() != state_.size()) return false;
     for (size_t i = 0; i < params_.size(); ++i) {
-        PyObject* const group = PyList_GET_ITEM(params.ptr(), Py_ssize_t(i));
-        if (!PyList_Check(group) || size_t(PyList_GET_SIZE(group)) != params_[i].size()) return false;
+        PyObject* const group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i));
+        if (!PyDict_Check(group)) return false;
+        PyObject* const params = PyDict_GetItemWithError(group, torch().params_name);
+        if (!params || !PyList_Check(params) || size_t(PyList_GET_SIZE(params)) != params_[i].size())
+            return false;
         for (size_t j = 0; j < params_[i].size(); ++j) {
             const Param& param = params_[i][j];
-            PyObject* const p = PyList_GET_ITEM(group, Py_ssize_t(j));
+            PyObject* const p = PyList_GET_ITEM(params, Py_ssize_t(j));
             if (p != param.object || torch().is_trainable(p) != param.trainable) return false;
             if (!param.trainable) continue;
-            const py::object gradient = torch().gradient(p);
+            py::object gradient = torch().gradient(p);
             if (gradient.is_none() != (param.row < 0)) return false;
             if (gradient.is_none()) continue;
             const Row& row = rows_[size_t(param.row)];
@@ -190,7 +195,7 @@ bool Watch::same(const py::list& params, const py::dict& state) try {
             void* moved_to;
             if (!as_before(p, row.of[0]) || !as_before(g, row.of[1], &moved_to)) return false;
             gradients_[size_t(param.row)] = uintptr_t(moved_to);
-            alive_.append(gradient);
+            gradients_alive_.push_back(std::move(gradient));
             written_.append(py::handle(p));
         }
     }
@@ -222,8 +227,8 @@ void Watch::increment_versions() const {
 }
 
 void Watch::release() {
-    written_ = py::list();
-    alive_ = py::list();
+    PyList_SetSlice(written_.ptr(), 0, PyList_GET_SIZE(written_.ptr()), nullptr);
+    gradients_alive_.clear();
 }
 
 }  // namespace fusedlr

@@ -27,11 +27,11 @@ struct Meta {
 
 class Watch {
   public:
-    // params: one list of parameters per group; amsgrad: per group; state: the optimizer's
-    Watch(const pybind11::list& params, const std::vector<bool>& amsgrad, const pybind11::dict& state);
+    // groups: an optimizer's param_groups, dicts; state: its state
+    Watch(const pybind11::list& groups, const pybind11::dict& state);
 
     // whether all is as it was, but for the values and the addresses of gradients, which are noted
-    bool same(const pybind11::list& params, const pybind11::dict& state);
+    bool same(const pybind11::list& groups, const pybind11::dict& state);
 
     // tells autograd that the step writes to its tensors: a backward through older values then raises
     void increment_versions() const;
@@ -61,7 +61,8 @@ class Watch {
     std::vector<std::pair<PyObject*, int64_t>> state_;  // keys in order, and their rows
     std::vector<int64_t> extents_;                      // shapes and strides
     std::vector<uintptr_t> gradients_;
-    pybind11::list written_, alive_, steps_;
+    std::vector<pybind11::object> gradients_alive_;
+    pybind11::list written_, steps_;
 };
 
 }  // namespace fusedlr

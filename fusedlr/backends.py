@@ -25,6 +25,8 @@ class Backend:
     step_: Callable[..., Any] | None
     # devices of the tensors -> why it cannot run there, or None if it can
     why_not: Callable[[Iterable[torch.device]], str | None]
+    # see cpu.repeat
+    repeat: Callable[..., Any] = lambda groups, param_groups, *, joint: None
 
 
 def _not_built(kernel: str) -> Callable[[Iterable[torch.device]], str | None]:
@@ -37,7 +39,7 @@ BACKENDS = {
     for backend in (
         Backend("cuda", None, _not_built("CUDA kernel")),
         Backend("triton", None, _not_built("Triton kernel")),
-        Backend("cpu", cpu.step_, cpu.why_not),
+        Backend("cpu", cpu.step_, cpu.why_not, cpu.repeat),
         Backend("reference", reference.step_, lambda devices: None),
     )
 }

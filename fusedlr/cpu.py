@@ -105,6 +105,11 @@ class _Kernel:
             torch.get_num_threads(),
         )
 
+    def repeat(self, param_groups: list[dict[str, Any]], watch: Any, joint: bool) -> Any:
+        """The last step again, as one call: see `repeat`."""
+        rest = self._loops, self._compiled, self._counts, self._table, joint
+        return compiled.cpu.Repeat(param_groups, watch, self._tensors, *rest)
+
     def _compile(self, groups: Sequence[GroupStep]) -> None:
         # a tensor may change in place, so what was made of it is not kept
         kept = not any(isinstance(group.lr, Tensor) for group in groups)
@@ -128,6 +133,18 @@ def step_(
     if pack.kernel is not None:
         return pack.kernel.step_(pack.watch, groups, counters, signals, joint)
     return _first_step_(pack, groups, counters, signals, joint)
+
+
+def repeat(groups: Sequence[GroupStep], param_groups: list[dict[str, Any]], *, joint: bool) -> Any:
+    """What makes the step just made again, if only gradients and given rates have changed since; None if none.
+
+    It is called with `(param_groups, state, threads)`, and returns what `step_` does, or None where more has
+    changed: nothing has been done then. A scaler's signals are not for it.
+    """
+    pack = pack_of(groups)
+    if pack.kernel is None or any(isinstance(group.lr, Tensor) for group in groups):
+        return None
+    return pack.kernel.repeat(param_groups, pack.watch, joint)
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class _Prepared:
     scheduled: bool  # whether there is a schedule that such an assignment would overrule
     given: list[int]  # groups whose rate is read anew for every step
     again: bool
+    repeat: Any = None  # the backend's own way to do so, in one call
 
 
 class FusedAdamW(Optimizer):
@@ -190,7 +191,9 @@ class FusedAdamW(Optimizer):
             or torch_optimizer._global_optimizer_post_hooks
         ):
             return self._hooked_step(closure)
-        loss = self._step(closure)
+        loss = None
+        if closure is not None or not self._repeat():
+            loss = self._step(closure)
         self._optimizer_step_code()
         return loss
 
@@ -215,6 +218,28 @@ class FusedAdamW(Optimizer):
             hook(self, args, kwargs)
         return loss
 
+    def _repeat(self) -> bool:
+        """Make the step in one call of the backend, if it is like the last one; else do nothing."""
+        prepared, notes, mine = self._prepared, self._notes, self.__dict__
+        if (
+            prepared is None
+            or prepared.repeat is None
+            or notes.changed
+            or (prepared.scheduled and notes.writes)
+        ):
+            return False
+        # None, too, is a signal's absence
+        if mine.get("grad_scale") is not None or mine.get("found_inf") is not None:
+            return False
+        told = prepared.repeat(self.param_groups, self.state, torch.get_num_threads())
+        if told is None:
+            return False
+        self._k_loaded = None
+        self._shown = self._mirror.k
+        notes.writes.clear()
+        self._mirror.tell(told[0], told[1])
+        return True
+
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         # what is the same in the next step is kept in `_Prepared` and in the plan. Asked for anew: whether a
         # group was written to (one flag), and every parameter, gradient and state tensor (the plan's watch)
@@ -238,6 +263,8 @@ class FusedAdamW(Optimizer):
         finally:
             self._plan.release()
         self._after_step(prepared, read)
+        if prepared.repeat is None and prepared.again:
+            prepared.repeat = prepared.backend.repeat(prepared.steps, prepared.groups, joint=self._joint)
         return loss
 
     def _holds(self, prepared: _Prepared) -> bool:

@@ -77,13 +77,13 @@ class Plan:
         self._steps: dict[Tensor, Tensor] = {}
         self._pack: Pack | None = None
 
-    def still_holds(self, groups: Sequence[dict[str, Any]], state: State) -> bool:
+    def still_holds(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the rows of the last `gather` are right for this step too; the gradients are then noted.
 
         Groups must have the options they had then. Follow it by `release`, whatever it says.
         """
         watch = self._pack.watch if self._pack is not None else None
-        return watch is not None and watch.same([group["params"] for group in groups], state)
+        return watch is not None and watch.same(groups, state)
 
     def release(self) -> None:
         """Let go of the gradients."""
@@ -115,7 +115,7 @@ class Plan:
                 self._ensure_state(p, state[p], group["amsgrad"])
         self._place_counters(groups, state, found)
         amsgrad = [bool(group["amsgrad"]) for group in groups]
-        pack = self._pack = Pack(_watch([group["params"] for group in groups], amsgrad, state))
+        pack = self._pack = Pack(_watch(groups, state))
         return [Rows(params, state, flag, pack) for params, flag in zip(found, amsgrad, strict=True)]
 
     def state_dtype(self, p: Tensor) -> torch.dtype:
@@ -175,17 +175,17 @@ def _copy_step(view: Tensor, value: Any) -> None:
         view.fill_(float(value))
 
 
-def _watch(params: list[list[Tensor]], amsgrad: list[bool], state: State) -> Any:
+def _watch(groups: list[dict[str, Any]], state: State) -> Any:
     """The compiled module's watch over these tensors, None where it cannot keep it."""
     if compiled.cpu is None:
         return None
     try:
-        watch = compiled.cpu.Watch(params, amsgrad, state)
+        watch = compiled.cpu.Watch(groups, state)
     except (BufferError, RuntimeError):
         # tensors without memory of their own, as of some subclasses
         return None
     # notes where the gradients are
-    return watch if watch.same(params, state) else None
+    return watch if watch.same(groups, state) else None
 
 
 def _misfit(p: Tensor, grad: Tensor | None, normed: bool) -> str | None:
