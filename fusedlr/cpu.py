@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from itertools import chain
 from operator import attrgetter, is_
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,13 +23,22 @@ from torch import Tensor
 from fusedlr import reference
 from fusedlr.reference import Counters, GroupStep, Row, Signals, TensorMath
 from fusedlr.schedule import SHAPES, Schedule
+from fusedlr.sources import digest
 
+# not the wheel that pip may have kept from an installation without a compiler
+_AGAIN = "install fusedlr again with pip's --force-reinstall --no-cache-dir --no-deps"
+_unusable: str | None = None
 try:
     _cpu: Any = import_module("fusedlr._cpu")
     _best_isa = _cpu.isas()[0]
-    _import_error = None
+    # "" but in a checkout, whose sources may have moved on
+    if digest(Path(__file__).parents[1] / "csrc") not in ("", getattr(_cpu, "sources", None)):
+        _unusable = f"its sources have changed since it was built: {_AGAIN}"
+except ModuleNotFoundError:
+    _need = "it is untried on Windows" if sys.platform == "win32" else f"get a C++17 compiler, then {_AGAIN}"
+    _unusable = f"the C++ kernel was not built: {_need}"
 except ImportError as error:
-    _import_error = str(error)
+    _unusable = f"the C++ kernel does not load ({error}): {_AGAIN}"
 
 # the order of Type in csrc/cpu_kernel.h
 _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,8 +67,8 @@ _of_group = attrgetter(
 
 def why_not(devices: Iterable[torch.device]) -> str | None:
     """Why the C++ kernel cannot update tensors on these devices, or None if it can."""
-    if _import_error is not None:
-        return f"the C++ kernel was not built ({_import_error}): install a C++17 compiler, then fusedlr again"
+    if _unusable is not None:
+        return _unusable
     other = sorted({device.type for device in devices} - {"cpu"})
     return f"it does not run on {', '.join(other)}" if other else None
 
@@ -65,6 +76,11 @@ def why_not(devices: Iterable[torch.device]) -> str | None:
 def isas() -> list[str]:
     """Instruction sets the kernel has been compiled for and this machine has, the best first."""
     return _cpu.isas()
+
+
+def openmp() -> bool:
+    """Whether the kernel was compiled with OpenMP; if not, it has one thread."""
+    return _cpu.openmp
 
 
 def isa() -> str:

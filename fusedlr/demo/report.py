@@ -11,8 +11,8 @@ from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
 from fusedlr.demo.settings import Settings
 
 # optimizer code is allowed to differ from another in rounding only; stock's two differ by 1 on this scale.
-# Any two of stock's, cpu and reference, over any other two: 99 % within 2.7, largest 3.3 (12 seeds of the quick
-# size, 2026-11). Of the largest difference, a single weight's, that is 13 and 17: a draw and no measurement
+# Any two of stock's, cpu and reference over any other two: 99 % within 2.7, at most 3.3 (quick size, 12 seeds,
+# 2026-11). For the weight that differs most, 13 and 17: its ratio says how chaotic one weight is, and no more
 DISTANCE_LIMIT = 4.0
 
 
