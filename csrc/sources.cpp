@@ -5,4 +5,4 @@
 namespace fusedlr {
 extern const char* const sources;
 const char* const sources = FUSEDLR_TEXT(FUSEDLR_SOURCES);
-}
+}  // namespace fusedlr
