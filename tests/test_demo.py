@@ -250,7 +250,7 @@ def test_every_option_has_help(parser):
 
 def test_defaults(resolve):
     settings = resolve()
-    assert (settings.size_name, settings.steps, settings.warmup, settings.teeth) == ("small", 50, 5, True)
+    assert (settings.size_name, settings.steps, settings.warmup, settings.teeth) == ("small", 40, 4, True)
     assert (resolve("--quick").size_name, resolve("--quick").teeth) == ("quick", False)
     assert resolve("--steps", "7").warmup == 1
     assert resolve("--schedule", "constant").warmup == 0
@@ -271,7 +271,7 @@ BAD = {
     "--lr 0": "above 0",
     "--lr fast": "'fast' is not a number",
     "--warmup -1": "at least 0",
-    "--warmup 51": "51 updates of warm-up do not fit in 50",
+    "--warmup 41": "41 updates of warm-up do not fit in 40",
     "--warmup 3 --schedule constant": "constant_with_warmup",
     "--accumulation 0": "at least 1",
     "--seed 4294967296": "at most 4.29497e+09",
