@@ -147,8 +147,9 @@ def test_a_failed_build_in_place_leaves_no_module(tree: Path, compiler) -> None:
     cxx, log = compiler()
     assert setup(tree, "-q", "build_ext", "--inplace", CXX=cxx).returncode == 0
     (module,) = (tree / "fusedlr").glob("_cpu*.so")
-    # a wheel is none of its business
-    wheel(tree, FUSEDLR_CPU="0")
+    # a wheel is none of its business, and it none of the wheel's
+    _, files = wheel(tree, FUSEDLR_CPU="0")
+    assert not [file for file in files if "_cpu" in file]
     setup(tree, "-q", "bdist_wheel", CXX="/nonexistent/c++")
     assert module.exists()
     setup(tree, "-q", "build_ext", "--inplace", CXX="/nonexistent/c++")

@@ -12,7 +12,8 @@ from fusedlr.demo.settings import Settings
 
 # optimizer code is allowed to differ from another in rounding only; stock's two differ by 1 on this scale.
 # Any two of stock's, cpu and reference over any other two: 99 % within 2.7, at most 3.3 (quick, 12 seeds,
-# 2026-11). For the weight that differs most, 13 and 17: its ratio says how chaotic one weight is, and no more
+# 2026-11); a learning rate off by a millionth makes it 4.5. With the weight that differs most in place of the
+# mean it would be up to 17: one weight is a draw
 DISTANCE_LIMIT = 4.0
 
 
