@@ -3,6 +3,8 @@
 # ARGS=...    passed on, as in: make test ARGS="-k cosine -x"
 PYTHON ?= python3
 OUT ?= bench/results/gpu
+PYTHONS ?= $(PYTHON)
+TORCHES ?= own
 RUN := .venv/bin/python
 CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp)
 
@@ -10,7 +12,7 @@ CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help demo test lint bench wheel gpu format clean env-gpu env-demo env-dev
+.PHONY: help demo test lint bench wheel smoke gpu format clean env-gpu env-demo env-dev
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -31,9 +33,14 @@ bench: env-demo  ## time this machine against stock torch
 	$(RUN) -m fusedlr bench $(ARGS)
 
 wheel: env-dev  ## sdist and wheel into dist/, and tests against the wheel
-	rm -rf build dist
-	$(RUN) -m build
-	sh tools/check_wheel.sh $(RUN) dist/*.whl
+	rm -rf dist
+	FUSEDLR_CPU=$${FUSEDLR_CPU:-1} $(RUN) -m build
+	sh tools/check_wheel.sh $(RUN) dist/*.whl $(ARGS)
+
+smoke: env-dev  ## install the sdist afresh and train ten steps: PYTHONS="python3.10 python3.13" TORCHES="own 2.10.0"
+	rm -f dist/*.tar.gz
+	$(RUN) -m build --sdist
+	sh tools/smoke.sh dist/*.tar.gz "$(PYTHONS)" "$(TORCHES)"
 
 gpu: env-gpu  ## the GPU suite, results into OUT=bench/results/gpu
 	$(RUN) -m bench.gpu_suite --out $(OUT) $(ARGS)

@@ -11,6 +11,10 @@
 namespace py = pybind11;
 using namespace fusedlr;
 
+namespace fusedlr {
+extern const char* const sources;
+}
+
 namespace {
 
 using Addresses = std::vector<uintptr_t>;
@@ -226,6 +230,7 @@ PYBIND11_MODULE(_cpu, module) {
         for (const Kernel* kernel : kernels()) names.push_back(kernel->name);
         return names;
     });
+    module.attr("sources") = sources;
 #ifdef _OPENMP
     module.attr("openmp") = true;
 #else

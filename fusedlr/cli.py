@@ -44,7 +44,7 @@ def info() -> str:
     """Versions, devices, and for every device which backend runs there and why the others do not."""
     import torch
 
-    from fusedlr import backends
+    from fusedlr import backends, cpu
 
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
@@ -52,6 +52,9 @@ def info() -> str:
         f"CPU threads {torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
     )
     devices = [torch.device("cpu")]
+    if cpu.why_not(devices) is None:
+        threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
+        lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
     for i in range(torch.cuda.device_count()):
         lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}")
         devices.append(torch.device("cuda", i))

@@ -44,10 +44,8 @@ _of_group = attrgetter(
 
 def why_not(devices: Iterable[torch.device]) -> str | None:
     """Why the C++ kernel cannot update tensors on these devices, or None if it can."""
-    if compiled.cpu is None:
-        return (
-            f"the C++ kernel was not built ({compiled.error}): install a C++17 compiler, then fusedlr again"
-        )
+    if compiled.error is not None:
+        return compiled.error
     other = sorted({device.type for device in devices} - {"cpu"})
     return f"it does not run on {', '.join(other)}" if other else None
 
@@ -55,6 +53,11 @@ def why_not(devices: Iterable[torch.device]) -> str | None:
 def isas() -> list[str]:
     """Instruction sets the kernel has been compiled for and this machine has, the best first."""
     return compiled.cpu.isas()
+
+
+def openmp() -> bool:
+    """Whether the kernel was compiled with OpenMP; if not, it has one thread."""
+    return compiled.cpu.openmp
 
 
 def isa() -> str:

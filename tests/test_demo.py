@@ -250,7 +250,7 @@ def test_every_option_has_help(parser):
 
 def test_defaults(resolve):
     settings = resolve()
-    assert (settings.size_name, settings.steps, settings.warmup, settings.teeth) == ("small", 50, 5, True)
+    assert (settings.size_name, settings.steps, settings.warmup, settings.teeth) == ("small", 40, 4, True)
     assert (resolve("--quick").size_name, resolve("--quick").teeth) == ("quick", False)
     assert resolve("--steps", "7").warmup == 1
     assert resolve("--schedule", "constant").warmup == 0
@@ -271,7 +271,7 @@ BAD = {
     "--lr 0": "above 0",
     "--lr fast": "'fast' is not a number",
     "--warmup -1": "at least 0",
-    "--warmup 51": "51 updates of warm-up do not fit in 50",
+    "--warmup 41": "41 updates of warm-up do not fit in 40",
     "--warmup 3 --schedule constant": "constant_with_warmup",
     "--accumulation 0": "at least 1",
     "--seed 4294967296": "at most 4.29497e+09",
@@ -380,10 +380,12 @@ def four_results(ours=3e-6):
 
 def test_distances_and_their_ratio():
     distances = report.compare(four_results())
-    assert distances["fusedlr"].weights == pytest.approx(3e-6, rel=0.05)
+    # of two weights, one of them equal
+    assert distances["fusedlr"].weights == pytest.approx(1.5e-6, rel=0.05)
+    assert distances["fusedlr"].weight == pytest.approx(3e-6, rel=0.05)
     assert distances["stock, warm-up + 1"].loss == pytest.approx(0.1)
     assert report.ratio(distances["fusedlr"], distances["stock, foreach"]) == pytest.approx(3.0, rel=0.1)
-    none = report.Distance(0.0, 0.0)
+    none = report.Distance(0.0, 0.0, 0.0)
     assert report.ratio(none, none) == 0.0
     assert report.ratio(distances["fusedlr"], none) == float("inf")
 
@@ -515,7 +517,7 @@ def test_demo_learns_and_agrees_with_stock(finished):
     assert values["ratio"] <= values["ratio_limit"] == 4.0
     # a schedule that is off by one update is no rounding
     gaps = values["distance_from_stock"]
-    assert gaps["stock, warm-up + 1"]["weights"] > 100 * gaps["fusedlr"]["weights"]
+    assert gaps["stock, warm-up + 1"]["weights"] > 1000 * gaps["fusedlr"]["weights"]
     assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "curves.png", "report.json"]
     for name in ("fusedlr", "stock"):
         assert (output / "checkpoints" / name / "checkpoint-25" / "adapter_model.safetensors").is_file()

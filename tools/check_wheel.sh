@@ -1,11 +1,19 @@
 #!/bin/sh
-# install a wheel away from the tree and run the tests against it
-# usage: check_wheel.sh PYTHON WHEEL   PYTHON has torch and pytest; its other fusedlr, if any, is not used
+# what is in a wheel, and the tests against it, installed away from the tree
+# usage: check_wheel.sh PYTHON WHEEL [PYTEST ARGUMENTS]
+#   PYTHON has torch and pytest; its other fusedlr, if any, is not used
 set -eu
 python=$1
 wheel=$(realpath "$2")
+shift 2
 away=$(mktemp -d)
 trap 'rm -rf "$away"' EXIT
+
+# a file of the package is in git, or is the module: nothing of an earlier build; no OpenMP runtime but torch's
+"$python" -m zipfile -l "$wheel" | sed -n 's/^\(fusedlr[^ ]*\) .*/\1/p' | sort >"$away/found"
+{ git ls-files fusedlr; grep -E '^fusedlr/_cpu\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
+    sort >"$away/expected"
+diff "$away/expected" "$away/found"
 
 sites=$("$python" -c 'import sys; print(*(p for p in sys.path if p.endswith(("site-packages", "dist-packages"))), sep="\n")')
 "$python" -m venv "$away/venv"
@@ -19,5 +27,5 @@ cp -r tests "$away/tests"
 printf '[pytest]\naddopts = --strict-markers\nmarkers =\n    gpu:\n    slow:\n' >"$away/pytest.ini"
 cd "$away"
 venv/bin/python -c "import fusedlr, sys; print(fusedlr.__file__); sys.exit(not fusedlr.__file__.startswith('$PWD/'))"
-venv/bin/fusedlr --help >/dev/null
-venv/bin/python -m pytest -q -m "not slow and not gpu" -p no:cacheprovider tests
+venv/bin/fusedlr info
+venv/bin/python -m pytest -q -m "not slow and not gpu" -p no:cacheprovider tests "$@"

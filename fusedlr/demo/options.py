@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the smallest run, under 40 s on two cores (same as --size quick)",
     )
     add("--size", choices=SIZES, help="model, data and steps (default: small, or large on a GPU)")
-    add("--steps", type=count, help="LoRA updates (default: by size, 25, 50 or 200)")
+    add("--steps", type=count, help="LoRA updates (default: by size, 25, 40 or 200)")
     add(
         "--base-steps",
         type=count,

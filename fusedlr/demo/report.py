@@ -10,7 +10,10 @@ from fusedlr.demo.base import Base
 from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
 from fusedlr.demo.settings import Settings
 
-# optimizer code is allowed to differ from another in rounding only; stock's two differ by 1 on this scale
+# optimizer code is allowed to differ from another in rounding only; stock's two differ by 1 on this scale.
+# Any two of stock's, cpu and reference over any other two: 99 % within 2.7, at most 3.3 (quick, 12 seeds,
+# 2026-11); a learning rate off by a millionth makes it 4.5. With the weight that differs most in place of the
+# mean it would be up to 17: one weight is a draw
 DISTANCE_LIMIT = 4.0
 
 
@@ -19,17 +22,18 @@ class Distance:
     """How far a run ended from the stock run."""
 
     loss: float  # largest difference in training loss over all updates, nats
-    weights: float  # largest absolute difference in an adapter weight after the last update
+    weights: float  # mean absolute difference of the adapter weights after the last update
+    weight: float  # the largest of them
 
 
 def distance(a: Result, b: Result) -> Distance:
-    """The largest differences between two runs over the same data, NaN where a run diverged."""
+    """The differences between two runs over the same data, NaN where a run diverged."""
     import torch
 
     # torch's max, unlike Python's, never passes over a NaN
     losses = torch.tensor(a.losses, dtype=torch.float64) - torch.tensor(b.losses, dtype=torch.float64)
-    weights = [(a.weights[name] - b.weights[name]).abs().max() for name in a.weights]
-    return Distance(loss=losses.abs().max().item(), weights=torch.stack(weights).max().item())
+    weights = torch.cat([(a.weights[name] - b.weights[name]).abs().double().flatten() for name in a.weights])
+    return Distance(losses.abs().max().item(), weights.mean().item(), weights.max().item())
 
 
 def ratio(ours: Distance, stock: Distance) -> float:
@@ -93,8 +97,8 @@ def verdict(results: list[Result]) -> str:
         return "the training diverged, so there is nothing to compare; try a lower --lr"
     meaning = "rounding" if times <= DISTANCE_LIMIT else "MORE THAN ROUNDING"
     return (
-        f"fusedlr's weights are {times:.2g} times as far from stock's as stock's own two kernels are\n"
-        f"from each other (up to {DISTANCE_LIMIT:g} times is expected of equal arithmetic): {meaning}"
+        f"fusedlr's weights are on average {times:.2g} times as far from stock's as stock's own two kernels\n"
+        f"are from each other (up to {DISTANCE_LIMIT:g} times is expected of equal arithmetic): {meaning}"
     )
 
 
@@ -104,9 +108,9 @@ def _distance_rows(results):
         FOREACH.name: "stock foreach - stock fused",
         OFF_BY_ONE.name: "stock, warm-up 1 longer - stock",
     }
-    rows = [("largest difference", "in loss", "in weights")]
+    rows = [("difference", "loss, largest", "weights, mean", "weights, largest")]
     for name, gap in compare(results).items():
-        rows.append((names[name], f"{gap.loss:.2e}", f"{gap.weights:.2e}"))
+        rows.append((names[name], f"{gap.loss:.2e}", f"{gap.weights:.2e}", f"{gap.weight:.2e}"))
     return rows
 
 

@@ -26,10 +26,10 @@ class Size:
     lr: float
 
 
-# quick and small take 35 s and 3 minutes on two cores of a Xeon (2026-11); large is for a GPU, unmeasured
+# quick and small take 35 s and 2.5 minutes on two cores of a Xeon (2026-11); large is for a GPU, unmeasured
 SIZES = {
     "quick": Size(96, 2, 4, 256, 1024, 128, 4, 1_500_000, 64, 250, 6e-3, 25, 1e-2),
-    "small": Size(128, 4, 4, 384, 1024, 128, 8, 6_000_000, 128, 350, 4e-3, 50, 5e-3),
+    "small": Size(128, 4, 4, 384, 1024, 128, 8, 6_000_000, 128, 350, 4e-3, 40, 5e-3),
     "large": Size(512, 12, 8, 1408, 4096, 256, 32, 0, 256, 1500, 1e-3, 200, 2e-3),
 }
 
