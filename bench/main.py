@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fusedlr.cli import ROOT
+
 from .options import Settings, resolve
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -37,20 +39,18 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (OSError, ChildError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-    measured = [result for run in runs for result in (*run["inventories"], *sum(run["sweeps"].values(), []))]
-    return 1 if any(result["rejected"] for result in measured) else 0
+    parts = [part for run in runs for part in (run["inventories"], *run["sweeps"].values())]
+    return 1 if any(result["rejected"] for part in parts for result in part) else 0
 
 
 def _elsewhere(settings: Settings, policy: str) -> dict[str, Any]:
     """The run of a process of its own, with another `OMP_WAIT_POLICY`."""
-    import fusedlr
-
     print(f"OMP_WAIT_POLICY={policy}", file=sys.stderr)
     child = subprocess.run(
         [sys.executable, "-m", "fusedlr", "bench", *settings.arguments()],
         env={**os.environ, "OMP_WAIT_POLICY": policy},
         # `-m` looks there first, so that it finds this fusedlr and no other
-        cwd=Path(fusedlr.__file__).resolve().parent.parent,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
@@ -87,7 +87,9 @@ def _here(settings: Settings) -> dict[str, Any]:
             if need > free:
                 skipped[inventory.name] = f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
             else:
-                result = step.run(inventory, who, timing, lambda text, at=inventory: note(f"{at.name}: {text}"))
+                result = step.run(
+                    inventory, who, timing, lambda text, at=inventory: note(f"{at.name}: {text}")
+                )
                 measured[name].append(asdict(result))
             note(None)
     return {

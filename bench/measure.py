@@ -1,4 +1,4 @@
-"""Timing: steppers interleaved within rounds, on the CPU's clock or a GPU's events, and the bandwidth there is."""
+"""Timing, on the CPU's clock or by a GPU's events: steppers interleaved within rounds, and the bandwidth."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def interleave(
     seconds: float,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Sample]]:
-    """Samples of every stepper, one per round; the order rotates, so that nobody always follows the same other.
+    """Samples of every stepper, one per round, in an order that rotates.
 
     Before each sample one step is not counted: it finds its data where the others' left the caches. Without
     `rounds`, as many as fit into `seconds`, within limits.

@@ -66,13 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--sweep",
         action="store_true",
-        help="also more and more tensors at a fixed total size, and larger and larger ones at a fixed number; "
-        "stock's fused step and fusedlr, unless --providers says otherwise (default: no)",
+        help="also more and more tensors of a fixed total size, and a fixed number of growing ones: fused "
+        "and fusedlr, unless --providers says otherwise (default: no)",
     )
     add(
         "--providers",
         metavar="NAMES",
-        help="who is timed, with commas: fused, foreach, forloop (torch), compile (torch, takes minutes), "
+        help="who is timed, with commas: fused, foreach, forloop (torch), compile (minutes), "
         "fusedlr-BACKEND, torchao, bitsandbytes, optimi. fused is the baseline and always among them "
         "(default: all that can run here, without compile and torchao, which compiles too)",
     )
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--rounds",
         type=number(int, 1, 100_000),
-        help="rounds in which every provider is timed once (default: as many as fit into --seconds, at least 5)",
+        help="rounds in which every provider is timed once (default: what fits into --seconds, at least 5)",
     )
     length.add_argument(
         "--seconds",
@@ -99,8 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait-policy",
         choices=("inherit", *WAIT_POLICIES),
         default="inherit",
-        help="what idle OpenMP threads do: sleep or spin. Fixed when a process starts, so others than inherit "
-        "are measured in processes of their own (default: inherit, $OMP_WAIT_POLICY or else passive)",
+        help="what idle OpenMP threads do, sleep or spin. Fixed when a process starts: others than inherit "
+        "are measured in their own (default: inherit, $OMP_WAIT_POLICY or else passive)",
     )
     add(
         "--dtype",

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .providers import MIN_LR_RATIO, OPTIONS, TOTAL_STEPS, WARMUP_STEPS, Stepper, warmup_cosine, with_scheduler
+from .providers import (
+    MIN_LR_RATIO,
+    OPTIONS,
+    TOTAL_STEPS,
+    WARMUP_STEPS,
+    Stepper,
+    warmup_cosine,
+    with_scheduler,
+)
 from .shapes import Inventory
 
 # norm of all gradients in each step, in units of the clipping threshold; the first step's rate is 0
@@ -55,26 +63,25 @@ def start(inventory: Inventory, dtype: torch.dtype, device: torch.device) -> Sta
     return Start(inventory, dtype, cut(weights.to(device, dtype)), (cut(directions[0]), cut(directions[1])))
 
 
-def advance(stepper: Stepper, begin: Start) -> Iterator[int]:
+def advance(stepper: Stepper, begin: Start) -> None:
     """Make the steps of the gate; afterwards the last gradients stay, for the timing."""
     for k in range(len(NORMS)):
         for p, grad in zip(stepper.params, begin.gradients(k), strict=True):
             p.grad = grad.to(p.dtype)
         stepper.step()
-        yield k
 
 
 def oracle(begin: Start, clip: bool) -> Tensor:
     """The weights after the steps by torch's for-loop in fp64, flat."""
     params = begin.parameters(torch.float64)
     optimizer = torch.optim.AdamW(params, foreach=False, fused=False, **OPTIONS)
-    for _ in advance(with_scheduler(params, optimizer, clip), begin):
-        pass
+    advance(with_scheduler(params, optimizer, clip), begin)
     return torch.cat([p.detach().view(-1) for p in params])
 
 
-def distance(stepper: Stepper, expected: Tensor) -> float:
-    """Largest difference of a weight from the oracle's; nan if any is not a number."""
+def gate(stepper: Stepper, begin: Start, expected: Tensor) -> float:
+    """Make the steps; the largest difference of a weight from the oracle's, nan if any is not a number."""
+    advance(stepper, begin)
     pieces = expected.split([p.numel() for p in stepper.params])
     gaps = [
         (p.detach().view(-1).double() - piece).abs().max()
@@ -106,5 +113,7 @@ def bound(inventory: Inventory, dtype: torch.dtype) -> float:
         lr = OPTIONS["lr"] * warmup_cosine(t - 1, WARMUP_STEPS, TOTAL_STEPS, MIN_LR_RATIO)
         corrected = 1.5 / (1 - OPTIONS["betas"][1] ** t)
         size += lr
-        total += 2 * stored * size + lr * math.sqrt(t) * ((1.5 * t + 4) * stored + (24 + corrected + norm) * u)
+        total += 2 * stored * size + lr * math.sqrt(t) * (
+            (1.5 * t + 4) * stored + (24 + corrected + norm) * u
+        )
     return total

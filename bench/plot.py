@@ -50,7 +50,9 @@ def _providers(results: list[Data]) -> dict[str, str]:
     names = dict.fromkeys(row["provider"] for result in results for row in result["rows"])
     ours, others = iter(_OURS), iter(_OTHERS)
     return {
-        name: _BASELINE if name == BASELINE else next(ours if name.startswith("fusedlr") else others, "#999999")
+        name: _BASELINE
+        if name == BASELINE
+        else next(ours if name.startswith("fusedlr") else others, "#999999")
         for name in names
     }
 
@@ -67,7 +69,7 @@ def _policy(run: Data) -> str:
 
 def _ratios(runs: list[Data]) -> Any:
     """A row per inventory, a dot per provider with its quartiles; a panel per run."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     results = [result for run in runs for result in run["inventories"]]
     labels = {result["label"]: result for result in results}
@@ -93,15 +95,14 @@ def _ratios(runs: list[Data]) -> Any:
             panel.errorbar(x, at, xerr=error, fmt=marker, color=colour, label=name, markersize=5, capsize=2)
         panel.axvline(1, color=_BASELINE, linewidth=1.5, label=f"stock {BASELINE} = 1")
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(_ticks())
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(_policy(run), fontsize=10)
         panel.set_xlabel("times as fast as stock fused (log scale)")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    texts = [f"{label}\n{result['tensors']:,} x, {_size(result)}" for label, result in labels.items()]
-    texts = [text.replace("\n", ": ") for text in texts]
+    texts = [f"{label}, {_size(result)}" for label, result in labels.items()]
     axes[0][0].set_yticks(range(len(texts)), texts, fontsize=8)
     axes[0][0].set_ylim(len(texts) - 0.4, -0.6)
     handles, names = axes[0][0].get_legend_handles_labels()
@@ -109,12 +110,6 @@ def _ratios(runs: list[Data]) -> Any:
     clip = "clipping, AdamW and schedule" if results[0]["clip"] else "AdamW and schedule, no clipping"
     figure.suptitle(f"{clip}, {results[0]['dtype']}\n{_machine(runs[0])}", fontsize=10)
     return figure
-
-
-def _ticks() -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(1.0, 2.0, 5.0))
 
 
 def _size(result: Data) -> str:
@@ -134,7 +129,7 @@ def _sweeps(runs: list[Data]) -> Any:
             panel.set_title(f"{_policy(run)}, {_constant(name, results)}", fontsize=9)
         line[0].set_ylabel("ms per step")
     for panel, name in zip(axes[-1], names, strict=True):
-        panel.set_xlabel("tensors" if name == "tensors" else "parameters")
+        panel.set_xlabel("number of tensors" if name == "tensors" else "number of parameters")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(_machine(runs[0]), fontsize=10)
@@ -153,9 +148,16 @@ def _sweep(panel: Any, name: str, results: list[Data], colours: dict[str, str]) 
         points = [(r[key], row["ms"]) for r in results for row in r["rows"] if row["provider"] == provider]
         x = [at for at, _ in points]
         label = f"stock {BASELINE}" if provider == BASELINE else provider
-        panel.plot(x, [ms["median"] for _, ms in points], marker=marker, color=colour, label=label, markersize=4)
+        panel.plot(
+            x, [ms["median"] for _, ms in points], marker=marker, color=colour, label=label, markersize=4
+        )
         panel.fill_between(
-            x, [ms["low"] for _, ms in points], [ms["high"] for _, ms in points], color=colour, alpha=0.2, lw=0
+            x,
+            [ms["low"] for _, ms in points],
+            [ms["high"] for _, ms in points],
+            color=colour,
+            alpha=0.2,
+            lw=0,
         )
     # the bytes of an ideal step at the bandwidth of an operation in place
     least = [
@@ -165,5 +167,6 @@ def _sweep(panel: Any, name: str, results: list[Data], colours: dict[str, str]) 
     panel.plot([r[key] for r in results], least, color="black", linestyle=":", label="bandwidth limit")
     panel.set_xscale("log")
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
-from fusedlr.console import columns
+from fusedlr.console import aligned
 
 from .providers import BASELINE
 
 Data = dict[str, Any]
+WIDTH = 110  # columns
 
 
 def table(run: Data) -> str:
@@ -26,10 +28,12 @@ def table(run: Data) -> str:
     # who is missing without a reason of its own is named, and no more
     absent = [name if why == "not installed" else f"{name} ({why})" for name, why in run["not here"].items()]
     if absent:
-        lines += ["", f"not here: {', '.join(absent)}"]
+        lines += ["", *_wrapped(f"not here: {', '.join(absent)}")]
     lines += [f"left out: {name} {why}" for name, why in run["skipped"].items()]
-    said = [sentence(result, run["backend"]) for result in run["inventories"]]
-    return "\n".join([*lines, "", *filter(None, said)])
+    lines.append("")
+    for result in run["inventories"]:
+        lines += _wrapped(sentence(result, run["backend"]))
+    return "\n".join(lines)
 
 
 def title(result: Data) -> str:
@@ -73,7 +77,7 @@ def _inventory(result: Data) -> list[str]:
                 f"{row['state_bytes'] / 2**20:.1f}",
             )
         )
-    return [f"{title(result)}, {result['rounds']} rounds", *columns(rows), *_rejected(result)]
+    return [f"{title(result)}, {result['rounds']} rounds", *aligned(rows), *_rejected(result)]
 
 
 def _rejected(result: Data) -> list[str]:
@@ -88,7 +92,7 @@ def _sweep(name: str, results: list[Data]) -> list[str]:
         cells = [_digits(times[name]["ms"]["median"]) if name in times else "-" for name in names]
         last = times.get(names[-1]) if names else None
         rows.append((result["label"], *cells, f"{last['ratio']['median']:.2f}" if last else "-"))
-    return [*columns(rows), *(line for result in results for line in _rejected(result))]
+    return [*aligned(rows), *(line for result in results for line in _rejected(result))]
 
 
 def sentence(result: Data, backend: str) -> str:
@@ -103,6 +107,10 @@ def sentence(result: Data, backend: str) -> str:
         f"{ratio['median']:.2f} times as fast as {clip}AdamW({BASELINE}=True) and LambdaLR "
         f"(quartiles {ratio['low']:.2f} to {ratio['high']:.2f}){slower}."
     )
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH)
 
 
 def _digits(ms: float) -> str:

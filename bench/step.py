@@ -92,13 +92,12 @@ def run(
         note(f"gate {provider.name}")
         try:
             stepper = provider.build(begin.parameters(), timing.clip)
-            for _ in parity.advance(stepper, begin):
-                pass
+            away = parity.gate(stepper, begin, expected)
         except Exception as error:
             # one that breaks must not take the others' results with it
             rejected[provider.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
             continue
-        distances[provider.name] = away = parity.distance(stepper, expected)
+        distances[provider.name] = away
         # not `away > bound`, which lets nan pass
         if away <= bound:
             steppers[provider.name] = stepper

@@ -13,6 +13,8 @@ from types import ModuleType
 
 from fusedlr import __version__, demo
 
+# the checkout, or where the package is installed
+ROOT = Path(__file__).resolve().parent.parent
 # what a bug report should name
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
 
@@ -39,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench",
         help="time the step on this machine against stock torch and others",
         description="Check every optimizer's step against a float64 oracle, then time clipping, AdamW and "
-        "schedule together on the tensors of LoRA adapters: fusedlr, stock torch, and others that are installed, "
-        "interleaved in one run. Without arguments that takes some ten seconds.",
+        "schedule together on the tensors of LoRA adapters: fusedlr, stock torch, and others that are "
+        "installed, interleaved in one run. Without arguments that takes under ten seconds.",
     )
-    bench = _bench()
+    bench = bench_package()
     bench.add_arguments(bench_parser)
     commands.add_parser("info", help="versions, devices, and which backend would run; for bug reports")
 
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _bench() -> ModuleType:
+def bench_package() -> ModuleType:
     """`fusedlr.bench`; in a checkout that is not installed its sources lie beside the package."""
     name = "fusedlr.bench"
     try:
@@ -63,7 +65,7 @@ def _bench() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-    folder = Path(__file__).resolve().parent.parent / "bench"
+    folder = ROOT / "bench"
     spec = util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

@@ -40,7 +40,7 @@ def writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
     return path
 
 
-def columns(rows):
+def aligned(rows):
     """Rows of text, first column left and the others right aligned, with a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from fusedlr.console import columns
+from fusedlr.console import aligned
 from fusedlr.demo.base import Base
 from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
 from fusedlr.demo.settings import Settings
@@ -77,9 +77,9 @@ def table(settings: Settings, base: Base, results: list[Result]) -> str:
         f"an update sees {settings.accumulation} x {settings.size.batch} examples "
         f"of {settings.size.sequence} tokens",
         "",
-        *columns(rows),
+        *aligned(rows),
         "",
-        *columns(_distance_rows(results)),
+        *aligned(_distance_rows(results)),
         "",
         verdict(results),
     ]
