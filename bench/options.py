@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait-policy",
         choices=("inherit", *WAIT_POLICIES),
         default="inherit",
-        help="what idle OpenMP threads do, sleep or spin. Fixed when a process starts: others than inherit "
+        help="what idle OpenMP threads do, sleep or spin. Fixed when a process starts: others "
         "are measured in their own (default: inherit, $OMP_WAIT_POLICY or else passive)",
     )
     add(
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for step.json, to which the run is appended, and its pictures (default: none is written)",
+        help="folder for step.json, to which the run is appended, and pictures (default: none is written)",
     )
     add("--json", action="store_true", help="print what --out would append, and no table (default: no)")
 

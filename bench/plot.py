@@ -104,6 +104,7 @@ def _ratios(runs: list[Data]) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
     texts = [f"{label}, {_size(result)}" for label, result in labels.items()]
     axes[0][0].set_yticks(range(len(texts)), texts, fontsize=8)
+    axes[0][0].set_ylabel("adapter, number of parameters")
     axes[0][0].set_ylim(len(texts) - 0.4, -0.6)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
@@ -129,6 +130,8 @@ def _sweeps(runs: list[Data]) -> Any:
             panel.set_title(f"{_policy(run)}, {_constant(name, results)}", fontsize=9)
         line[0].set_ylabel("ms per step")
     for panel, name in zip(axes[-1], names, strict=True):
+        if name == "tensors":
+            panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.set_xlabel("number of tensors" if name == "tensors" else "number of parameters")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
