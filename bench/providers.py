@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -157,9 +157,13 @@ def _third_party(name: str, package: str, make: Callable[[Any], Any], slow: bool
     def build(params: list[torch.nn.Parameter], clip: bool) -> Stepper:
         return with_scheduler(params, make(params), clip)
 
+    @cache
     def why_not(device: torch.device) -> str | None:
         if importlib.util.find_spec(package) is None:
             return "not installed"
+        if slow:
+            # to try it would take longer than all the others; the gate will see
+            return None
         probe = torch.nn.Parameter(torch.zeros(8, 8, device=device))
         probe.grad = torch.ones_like(probe)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -338,6 +340,12 @@ def test_what_does_not_fit_is_left_out(
     monkeypatch.setattr(bench.main, "free_memory", lambda device: 10**6)
     code, out, _ = run(capsys, *FEW)
     assert code == 0 and "left out: tiny needs 0.0 GiB, 0.0 are free" in out
+
+
+def test_the_options_do_not_load_torch() -> None:
+    # whose OpenMP runtime reads the wait policy when it is loaded
+    code = "import sys; from fusedlr import cli; cli.bench_package(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=cli.ROOT, timeout=60)
 
 
 def test_every_option_says_its_default(capsys: pytest.CaptureFixture[str]) -> None:
