@@ -29,8 +29,8 @@ lint: env-dev  ## ruff, mypy, clang-format: check only
 	$(RUN) -m mypy
 	$(if $(CSRC),.venv/bin/clang-format --dry-run -Werror $(CSRC))
 
-bench: env-demo  ## time this machine against stock torch
-	$(RUN) -m fusedlr bench $(ARGS)
+bench: env-demo  ## time this machine against stock torch, all of it into bench/results; ARGS=tiny, say, for less
+	$(RUN) -m fusedlr bench $(or $(ARGS),--all --sweep --wait-policy both --out bench/results)
 
 wheel: env-dev  ## sdist and wheel into dist/, and tests against the wheel
 	rm -rf dist

@@ -1,0 +1,10 @@
+"""The benchmark: fusedlr's step against stock torch's and others', interleaved in one run.
+
+`python -m fusedlr bench` calls `add_arguments(parser)` and `run(args, parser)`. Installed, this package is
+`fusedlr.bench`. Importing it does not import torch: the OpenMP wait policy is set before.
+"""
+
+from .main import run
+from .options import add_arguments
+
+__all__ = ["add_arguments", "run"]

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("fusedlr", "torch", "triton", "transformers", "peft", "accelerate", "numpy")
+_PACKAGES = (
+    *("fusedlr", "torch", "triton", "transformers", "peft", "accelerate", "numpy"),
+    *("torchao", "bitsandbytes", "torch-optimi"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -45,7 +48,10 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Commit of the checkout, marked when files differ from it; `unknown` where there is no git."""
+    """Commit of the checkout, marked when files differ from it; `unknown` where there is none."""
+    # an installed package may lie inside somebody else's checkout
+    if not (ROOT / ".git").exists():
+        return "unknown"
     commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-changed" if commit and changed else commit or "unknown"

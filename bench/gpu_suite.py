@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 import fusedlr
-from bench import syncs
-from bench.environment import ROOT, environment
 from fusedlr import backends
+
+from . import syncs
+from .environment import ROOT, environment
 
 # a few shapes of a LoRA adapter; syncs depend on how many there are, not on their size
 _SHAPES = [(16, 256), (256, 16), (16, 256), (1024, 16)] * 2

@@ -4,11 +4,10 @@ Bad values end in `parser.error`: one line and exit code 2. Imports torch only t
 """
 
 import argparse
-import math
 import os
 from pathlib import Path
 
-from fusedlr.demo.files import nearest_folder, temporary_folder
+from fusedlr.console import number, writable
 from fusedlr.demo.settings import SIZES, Settings
 
 # the names transformers gives its schedules, less the two that follow a metric instead of a step count
@@ -26,23 +25,6 @@ SCHEDULES = (
 )
 
 
-def _number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite `kind` from `low` (exclusive if `above`) to `high`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            limit = f"above {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit} and at most {high:g}")
-        return value
-
-    return parse
-
-
 def default_cache() -> Path:
     """$FUSEDLR_CACHE, else the user's cache directory."""
     if os.environ.get("FUSEDLR_CACHE"):
@@ -52,7 +34,7 @@ def default_cache() -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to `parser`; what is not given is filled in by `resolve`."""
-    count = _number(int, 1, 10_000_000)
+    count = number(int, 1, 10_000_000)
     add = parser.add_argument
     add(
         "--quick",
@@ -75,13 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--lr",
-        type=_number(float, 0, 1e6, above=True),
+        type=number(float, 0, 1e6, above=True),
         help="peak learning rate of the LoRA runs (default: by size, 0.01, 0.005 or 0.002)",
     )
-    add("--warmup", type=_number(int, 0, 10_000_000), help="updates of warm-up (default: a tenth of --steps)")
+    add("--warmup", type=number(int, 0, 10_000_000), help="updates of warm-up (default: a tenth of --steps)")
     add(
         "--accumulation",
-        type=_number(int, 1, 10_000),
+        type=number(int, 1, 10_000),
         default=2,
         help="micro-batches per update (default: %(default)s)",
     )
@@ -93,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--seed",
-        type=_number(int, 0, 2**32 - 1),
+        type=number(int, 0, 2**32 - 1),
         default=0,
         help="seed of everything random (default: %(default)s)",
     )
@@ -155,7 +137,7 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settin
         teeth=name != "quick" if args.teeth is None else args.teeth,
         fresh=args.fresh,
         output=_output_folder(args.output, parser),
-        cache=_writable(args.cache or default_cache(), "--cache", parser),
+        cache=writable(args.cache or default_cache(), "--cache", parser),
     )
     try:
         settings.own_schedule()
@@ -169,18 +151,4 @@ def _output_folder(path: Path, parser: argparse.ArgumentParser) -> Path:
     # the folder's own files are replaced at the end, so it must be empty or a report already
     if path.is_dir() and any(path.iterdir()) and not (path / "report.json").is_file():
         parser.error(f"argument --output: {path} holds other files; name a new folder, or one with a report")
-    return _writable(path, "--output", parser)
-
-
-def _writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
-    path = path.expanduser().absolute()
-    folder = nearest_folder(path)
-    if not folder.is_dir():
-        parser.error(f"argument {option}: {folder} is not a folder")
-    try:
-        # tried, because permissions say nothing of a full or read-only disk
-        with temporary_folder(folder):
-            pass
-    except OSError as error:
-        parser.error(f"argument {option}: cannot write in {folder}: {error.strerror}")
-    return path
+    return writable(path, "--output", parser)

@@ -6,6 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from statistics import median
 
+from fusedlr.console import aligned
 from fusedlr.demo.base import Base
 from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
 from fusedlr.demo.settings import Settings
@@ -80,9 +81,9 @@ def table(settings: Settings, base: Base, results: list[Result]) -> str:
         f"an update sees {settings.accumulation} x {settings.size.batch} examples "
         f"of {settings.size.sequence} tokens",
         "",
-        *_columns(rows),
+        *aligned(rows),
         "",
-        *_columns(_distance_rows(results)),
+        *aligned(_distance_rows(results)),
         "",
         verdict(results),
     ]
@@ -112,16 +113,6 @@ def _distance_rows(results):
     for name, gap in compare(results).items():
         rows.append((names[name], f"{gap.loss:.2e}", f"{gap.weights:.2e}", f"{gap.weight:.2e}"))
     return rows
-
-
-def _columns(rows):
-    """Rows of text, first column left and the others right aligned, with a rule under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,50 @@
+"""What the commands share: types of arguments, a check of folders, text in columns."""
+
+import argparse
+import math
+from pathlib import Path
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite `kind` from `low` (exclusive if `above`) to `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            limit = f"above {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit} and at most {high:g}")
+        return value
+
+    return parse
+
+
+def writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
+    """`path`, absolute, if something can be written there; ends in `parser.error` if not."""
+    # here, because the demo imports this module
+    from fusedlr.demo.files import nearest_folder, temporary_folder
+
+    path = path.expanduser().absolute()
+    folder = nearest_folder(path)
+    if not folder.is_dir():
+        parser.error(f"argument {option}: {folder} is not a folder")
+    try:
+        # tried, because permissions say nothing of a full or read-only disk
+        with temporary_folder(folder):
+            pass
+    except OSError as error:
+        parser.error(f"argument {option}: cannot write in {folder}: {error.strerror}")
+    return path
+
+
+def aligned(rows):
+    """Rows of text, first column left and the others right aligned, with a rule under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]))
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
