@@ -139,7 +139,7 @@ def step_(
 
 
 def repeat(groups: Sequence[GroupStep], param_groups: list[dict[str, Any]], *, joint: bool) -> Any:
-    """What makes the step just made again, if only gradients and given rates have changed since; None if none.
+    """What makes the step just made again, where only gradients and given rates have changed; None if none.
 
     It is called with `(param_groups, state, threads)`, and returns what `step_` does, or None where more has
     changed: nothing has been done then. A scaler's signals are not for it.

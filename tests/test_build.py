@@ -38,8 +38,8 @@ done
 def tree(tmp_path: Path) -> Path:
     """A copy of what is built from, in a folder whose name is awkward for shells and for ninja."""
     tree = tmp_path / "a tree: $HOME's"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("fusedlr", "csrc"):
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    for name in ("fusedlr", "csrc", "bench"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree / name)
