@@ -41,6 +41,15 @@ def test_fp32_error_is_at_most_that_of_torch(device: str, backend: str) -> None:
     assert rms_ratio(UNIFORM, torch.float32, device, backend=backend) <= RMS_RATIO
 
 
+def test_error_over_a_thousand_steps_is_at_most_that_of_torch_fused(device: str, backend: str) -> None:
+    case = replace(UNIFORM[0], steps=1000, schedule=fusedlr.cosine(warmup_steps=100, total_steps=1000))
+    oracle = run(case, fused(case, backend="reference"), start=torch.float32, device=device)
+    ours = run(case, fused(case, backend=backend), dtype=torch.float32, device=device)
+    theirs = run(case, stock(case, fused=True), dtype=torch.float32, device=device)
+    error, bar = (squared_error(some.params, oracle.params) ** 0.5 for some in (ours, theirs))
+    assert error <= RMS_RATIO * bar
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_16_bit_moments_are_as_good_as_those_of_torch_fused(
     dtype: torch.dtype, device: str, backend: str
