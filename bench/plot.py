@@ -95,7 +95,9 @@ def _ratios(runs: list[Data]) -> Any:
             panel.errorbar(x, at, xerr=error, fmt=marker, color=colour, label=name, markersize=5, capsize=2)
         panel.axvline(1, color=_BASELINE, linewidth=1.5, label=f"stock {BASELINE} = 1")
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        low, high = panel.get_xlim()
+        # over more than two decades the labels between them would run into each other
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(_policy(run), fontsize=10)
@@ -162,6 +164,8 @@ def _sweep(panel: Any, name: str, results: list[Data], colours: dict[str, str]) 
             alpha=0.2,
             lw=0,
         )
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     # the bytes of an ideal step at the bandwidth of an operation in place
     least = [
         r["parameters"] * r["rows"][0]["bytes_per_parameter"] / r["bandwidth_gb_per_s"]["median"] / 1e6
@@ -170,6 +174,10 @@ def _sweep(panel: Any, name: str, results: list[Data], colours: dict[str, str]) 
     panel.plot([r[key] for r in results], least, color="black", linestyle=":", label="bandwidth limit")
     panel.set_xscale("log")
     panel.set_yscale("log")
+    # 2 and 5 between the powers of ten, where there are few of those
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    low, high = panel.get_ylim()
+    panel.yaxis.set_minor_formatter("{x:g}" if high < 100 * low else NullFormatter())
     panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
