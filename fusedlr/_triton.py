@@ -21,6 +21,7 @@ Memory traffic in bytes per element, parameter + moments in fp32: the norm reads
 2, then 8 and 6. amsgrad reads and writes one moment more. Tables cost about 100 bytes per chunk.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -44,6 +45,8 @@ SUMS = tl.constexpr(1024)
 CLIP_EPS = tl.constexpr(reference._CLIP_EPS)
 # the interpreter truncates fp32 to bf16, where hardware rounds
 TRUNCATES = tl.constexpr(knobs.runtime.interpret)
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # names of the columns -> their positions
 _TENSORS, _CHUNKS = tables.TENSORS, tables.CHUNKS
@@ -165,7 +168,7 @@ def update_tile(
     g = read(at(g, first, PARAMS, ALIGNED), inside, ALIGNED)
     m = read(ms, inside, ALIGNED)
     v = read(vs, inside, ALIGNED)
-    top = -1.0
+    top = tl.full(v.shape, -1.0, tl.float32)
     if AMSGRAD:
         # a group without it may share the launch; a mask of one value leaves the accesses wide
         address = tl.load(row + TOP)
@@ -209,13 +212,14 @@ def place(chunk, tensors, grads):
 def decide(ints, floats, norms, found_inf):
     """What holds for a group, or a vector of groups: its norm, the clipping coefficient, whether to skip."""
     normed = tl.load(ints + NORMED) != 0
-    norm = tl.load(norms + tl.load(ints + SCOPE), mask=normed, other=float("nan"))
+    scope = tl.load(ints + SCOPE)
+    norm = tl.load(norms + scope, mask=normed, other=float("nan"))
     limit = tl.load(floats + MAX_GRAD_NORM)
     # a nan stays; without clipping the limit is inf
     coef = tl.div_rn(limit, norm + CLIP_EPS)
     coef = tl.where((coef > 1) | (limit == float("inf")), 1.0, coef)
-    # anything but 0, nan included
-    skip = tl.load(found_inf) != 0
+    # anything but 0, nan included; read as often as there are groups, as the interpreter cannot spread a flag
+    skip = tl.load(found_inf + scope * 0) != 0
     skip = skip | ((tl.load(ints + SKIP_NONFINITE) != 0) & ~(tl.abs(norm) < float("inf")))
     return norm, coef, skip
 

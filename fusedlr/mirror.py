@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedlr.reference import Counters
+from fusedlr.reference import Counters, scalar_dtype
 from fusedlr.warn import warn
 
 # dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
@@ -99,4 +99,6 @@ def _pack(counters: Counters) -> Tensor:
         counters.grad_norm,
         counters.coef,
     )
-    return torch.stack([row.to(counters.lr.dtype) for row in rows])
+    # a backend may count in fp32 what a step used; `k` would lose its last digits in it
+    dtype = scalar_dtype(counters.k.device)
+    return torch.stack([row.to(dtype) for row in rows])

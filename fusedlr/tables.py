@@ -7,7 +7,14 @@ phase: the values of a row are used together.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
+from torch import Tensor
+
+from fusedlr.reference import GroupStep
 from fusedlr.schedule import SHAPES, Schedule
 
 # elements per chunk: a program's own part of the traffic, 112 KiB in fp32, is some 30 times what it reads to
@@ -82,3 +89,87 @@ def pack_phases(schedule: Schedule, position: int) -> tuple[list[int], list[floa
         ints += [phase.begin, phase.end, phase.origin, SHAPES.index(phase.shape), whole]
         floats += [phase.from_, phase.to, *split(param)]  # type: ignore[list-item]
     return ints, floats
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of one kind, which one launch updates: `programs` chunks from row `first` of the chunk table."""
+
+    key: Any
+    first: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The chunks of a step, bucket by bucket."""
+
+    chunks: list[int]  # rows of CHUNKS
+    buckets: list[Bucket]
+    slots: list[tuple[int, int]]  # of every group: its first slot, and one past its last
+    programs: int
+
+    @staticmethod
+    def of(sizes: Sequence[int], keys: Sequence[Hashable], counts: Sequence[int], joint: bool) -> Layout:
+        """Chunks of tensors with these sizes and buckets; group `i` has the next `counts[i]` of them."""
+        by_key: dict[Hashable, list[int]] = {key: [] for key in keys}
+        slots: list[tuple[int, int]] = []
+        slot = tensor = 0
+        for group, count in enumerate(counts):
+            begin = slot
+            for i in range(tensor, tensor + count):
+                rows = by_key[keys[i]]
+                for index in range(-(-sizes[i] // CHUNK)):
+                    rows += i, index, slot, group, slot == begin
+                    slot += 1
+            # a group without elements still counts the step, unless it stands alone and had no gradient
+            if slot == begin and (joint or count):
+                by_key.setdefault(keys[0] if keys else None, []).extend((-1, 0, slot, group, 1))
+                slot += 1
+            slots.append((begin, slot))
+            tensor += count
+        filled = {key: rows for key, rows in by_key.items() if rows}
+        ends = [0]
+        for rows in filled.values():
+            ends.append(ends[-1] + len(rows) // len(CHUNKS))
+        buckets = [Bucket(key, a, b - a) for key, (a, b) in zip(filled, pairwise(ends), strict=True)]
+        return Layout([int(x) for rows in filled.values() for x in rows], buckets, slots, slot)
+
+
+def pack_groups(
+    groups: Sequence[GroupStep], layout: Layout, lr_addresses: Sequence[int], joint: bool
+) -> tuple[list[int], list[float]]:
+    """The rows of all groups, then those of their schedules' phases, then tables.
+
+    Groups are in the order of their index; a rate on the device is given by its address, else that is 0.
+    """
+    ints: list[int] = []
+    floats: list[float] = []
+    phase_ints: list[int] = []
+    phase_floats: list[float] = []
+    values: list[float] = []
+    # groups often share their schedule
+    packed: dict[int, tuple[int, int]] = {}
+    for group, address, own in zip(groups, lr_addresses, layout.slots, strict=True):
+        scope = groups[0] if joint else group
+        slots = (0, layout.programs) if joint and group.index == 0 else (0, 0) if joint else own
+        phases, rate = (0, 0), 0.0
+        if isinstance(group.lr, Schedule):
+            if id(group.lr) not in packed:
+                first = len(phase_ints) // len(PHASE_INTS)
+                more_ints, more_floats = pack_phases(group.lr, len(values))
+                phase_ints += more_ints
+                phase_floats += more_floats
+                values += group.lr.table
+                packed[id(group.lr)] = first, len(phase_ints) // len(PHASE_INTS)
+            phases, rate = packed[id(group.lr)], group.peak
+        elif not isinstance(group.lr, Tensor):
+            rate = group.lr
+        normed = scope.max_grad_norm is not None or scope.skip_nonfinite
+        active = joint or own[0] < own[1]
+        ints += [*phases, address, scope.index, normed, scope.skip_nonfinite, group.advance, active, *slots]
+        b1, b2 = group.betas
+        limit = math.inf if scope.max_grad_norm is None else scope.max_grad_norm
+        floats += [rate, *split(log(b1)), *split(log(b2)), 1 - b1, b2, 1 - b2, group.eps, group.weight_decay]
+        floats += [limit, -1.0 if group.maximize else 1.0]
+    return [int(x) for x in ints] + phase_ints, floats + phase_floats + values
