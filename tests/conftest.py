@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,24 @@ from harness import backends_on
 
 # model hubs must not be asked for anything: tests run without a network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _interpret_faster() -> None:
+    """Do not patch the language anew for every function that a kernel calls: half of the interpreter's time."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching = InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Triton's own functions see parts of it that kernels do not
+        ours = self.fn.__module__.startswith("fusedlr.")
+        return self.rewrite()(*args, **kwargs) if ours else patching(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _interpret_faster()
 
 
 def pytest_configure(config: pytest.Config) -> None:
