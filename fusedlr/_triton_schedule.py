@@ -82,10 +82,11 @@ def phase_weights(shape, whole, param_hi, param_lo, e, n, table):
         w1 = elapsed
     elif (shape == COSINE) | (shape == RESTARTS):
         crest, trough = cosine_angle(shape, whole, c, e, n)
-        w0 = sin_quarter(trough)
-        w1 = sin_quarter(crest)
-        w0 = w0 * w0
-        w1 = w1 * w1
+        # the smaller weight is computed as itself; the other one is at least 1/2
+        near = sin_quarter(tl.minimum(crest, trough))
+        near = near * near
+        w0 = tl.where(crest < trough, 1.0 - near, near)
+        w1 = tl.where(crest < trough, near, 1.0 - near)
     elif shape == POLYNOMIAL:
         w0 = power(remaining, param_hi, param_lo)
         w1 = 1.0 - w0
