@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.backends.compiler import GPUTarget
 
 from fusedlr import reference, tables
 from fusedlr._triton_math import bias_correction
@@ -37,7 +38,7 @@ WIDE_TILES = tl.constexpr(tables.CHUNK // 1024)
 # one scalar access needs an address of its own, in two registers
 NARROW = tl.constexpr(256)
 NARROW_TILES = tl.constexpr(tables.CHUNK // 256)
-WARPS = 4
+THREADS = 128
 # lanes of the last programs' loops: over groups and tensors, where more take registers from all programs, and
 # over partial sums, 10,000 for 40 M elements
 LANES = tl.constexpr(512)
@@ -415,10 +416,11 @@ def count_step(tensors, ints, floats, counters, norms, found_inf, groups, count)
         begin += LANES
 
 
-def options(backend: str, amsgrad: bool) -> dict[str, int | bool]:
-    """Compiler options of a launch on Triton's `backend`; nothing is left to defaults that decide about bits."""
-    chosen: dict[str, int | bool] = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": False}
-    if amsgrad and backend == "cuda":
+def options(target: GPUTarget, amsgrad: bool) -> dict[str, int | bool]:
+    """Compiler options of a launch; nothing is left to defaults that decide about bits."""
+    chosen: dict[str, int | bool] = {"num_stages": 1, "enable_fp_fusion": False}
+    chosen["num_warps"] = THREADS // target.warp_size
+    if amsgrad and target.backend == "cuda":
         # ptxas stops at 80 registers here and spills 12 bytes for it, where 96 hold everything
         chosen["maxnreg"] = 128
     return chosen

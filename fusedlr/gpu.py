@@ -47,6 +47,11 @@ def _kernels() -> Any:
     return import_module("fusedlr._triton")
 
 
+def _target() -> Any:
+    """The device that Triton compiles for."""
+    return import_module("triton").runtime.driver.active.get_current_target()
+
+
 @cache
 def _not_here(device_type: str) -> str | None:
     """Why Triton does not run on this type of device in this process."""
@@ -65,7 +70,7 @@ def _not_here(device_type: str) -> str | None:
         return "TRITON_INTERPRET is set: the interpreter cannot follow addresses on a GPU"
     try:
         # builds Triton's launcher, which takes a C compiler and the device's driver
-        target = import_module("triton").runtime.driver.active.get_current_target()
+        target = _target()
     except Exception as error:
         return f"Triton finds no device to run on ({error})"
     if target.backend == "cuda" and target.arch < _MIN_ARCH:
@@ -258,4 +263,4 @@ def _kinds(columns: cpu._Columns, device: torch.device) -> list[Kind] | None:
 def _options(device_type: str, amsgrad: bool) -> dict[str, Any]:
     if device_type == "cpu":
         return {}
-    return _kernels().options(import_module("triton").runtime.driver.active.get_current_target().backend, amsgrad)
+    return _kernels().options(_target(), amsgrad)

@@ -63,9 +63,9 @@ def facts(variant: str, target_name: str) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants),
         target=target,
-        options=_triton.options(target.backend, bool(amsgrad)),
+        options=_triton.options(target, bool(amsgrad)),
     )
-    elements = _triton.WIDE.value // (_triton.WARPS * target.warp_size)
+    elements = _triton.WIDE.value // _triton.THREADS
     p, m = (elements * _BYTES[dtype] / _WIDE_BYTES for dtype in (params, moments or params))
     tops = int(bool(amsgrad))
     # how many wide accesses it takes to read and write a tile, if none is split
@@ -113,8 +113,9 @@ def _amd(asm: Any) -> dict[str, Any]:
     return {
         "registers": number("vgpr_count"),
         "spilled": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
-        "loads": sum(bool(re.match(r"(global|buffer|flat)_load_dwordx4", line)) for line in code),
-        "stores": sum(bool(re.match(r"(global|buffer|flat)_store_dwordx4", line)) for line in code),
+        # tables are read by other instructions, or by scalar ones
+        "loads": sum(line.startswith("buffer_load_dwordx4") for line in code),
+        "stores": sum(line.startswith("buffer_store_dwordx4") for line in code),
         "fp64": sum(bool(re.search(r"_f64\b|_f64_", line)) for line in code),
         "local": sum("scratch_" in line for line in code),
         "fused": None,
