@@ -157,7 +157,15 @@ def write(pointers, x, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def update_tile(
-    row, g, first, left, s, PARAMS: tl.constexpr, MOMENTS: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr
+    row,
+    g,
+    first,
+    left,
+    s,
+    PARAMS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """AdamW on a tile of the tensor in `row`: `left` elements or all, from element `first`; g is an address."""
     factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2 = s
@@ -277,7 +285,7 @@ _RUNTIME += ("grad_scale", "found_inf", "first", "programs", "groups", "phases",
 
 
 def _kernel(fn):
-    names = [name for name in _RUNTIME if name in fn.__code__.co_varnames]
+    names = [name for name in fn.__code__.co_varnames[: fn.__code__.co_argcount] if name in _RUNTIME]
     return triton.jit(fn, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
@@ -380,7 +388,9 @@ def step_kernel(
                 update_tile(row, grad, begin + i * WIDE, WIDE, s, PARAMS, MOMENTS, AMSGRAD, True)
         for i in range(NARROW_TILES):
             if (wide <= i * NARROW) & (i * NARROW < left):
-                update_tile(row, grad, begin + i * NARROW, left - i * NARROW, s, PARAMS, MOMENTS, AMSGRAD, False)
+                update_tile(
+                    row, grad, begin + i * NARROW, left - i * NARROW, s, PARAMS, MOMENTS, AMSGRAD, False
+                )
     if is_last(tickets + 1, programs):
         count_step(tensors, ints, floats, counters, norms, found_inf, groups, count)
 

@@ -29,16 +29,13 @@ Kind = tuple[torch.dtype, torch.dtype]
 # what a launch that only counts is compiled for
 _DEFAULT_KIND = torch.float32, torch.float32
 _KINDS = {
-    (p, moments)
-    for p in (torch.float32, torch.bfloat16, torch.float16)
-    for moments in {torch.float32, p}
+    (p, moments) for p in (torch.float32, torch.bfloat16, torch.float16) for moments in {torch.float32, p}
 }
 # what Triton itself supports
 _MIN_ARCH = 80
 
 _dtype = attrgetter("dtype")
 _of_counters = attrgetter("k", "skipped", "skips_in_row", "lr", "grad_norm", "coef")
-
 
 
 @cache
@@ -105,7 +102,12 @@ class Launcher:
         self._layout = Layout([], [], [], 0)
 
     def arrange(
-        self, sizes: Sequence[int], kinds: Sequence[Kind], counts: Sequence[int], amsgrad: Sequence[bool], joint: bool
+        self,
+        sizes: Sequence[int],
+        kinds: Sequence[Kind],
+        counts: Sequence[int],
+        amsgrad: Sequence[bool],
+        joint: bool,
     ) -> None:
         """Lay out the chunks of a step on tensors of these sizes and dtypes, `counts[i]` of them in group i."""
         key = (*sizes,), (*kinds,), (*counts,), (*amsgrad,), joint
@@ -115,7 +117,9 @@ class Launcher:
         self._with_amsgrad = {kind for kind, top in zip(kinds, amsgrad, strict=True) if top}
         self._sizes = sizes
         self._group_of = [i for i, count in enumerate(counts) for _ in range(count)]
-        self._norms = torch.empty(len(counts) + self._layout.programs, dtype=torch.float32, device=self.device)
+        self._norms = torch.empty(
+            len(counts) + self._layout.programs, dtype=torch.float32, device=self.device
+        )
         self._key = key
 
     def adopt(self, counters: Counters) -> None:
@@ -131,7 +135,12 @@ class Launcher:
         self._adopted = _of_counters(counters)
 
     def step(
-        self, groups: Sequence[GroupStep], addresses: Sequence[Sequence[int]], signals: Signals, *, joint: bool
+        self,
+        groups: Sequence[GroupStep],
+        addresses: Sequence[Sequence[int]],
+        signals: Signals,
+        *,
+        joint: bool,
     ) -> None:
         """Launch a step on the tensors last arranged: addresses of p, g, m, v, largest v, step."""
         p, g, m, v, tops, steps = addresses
@@ -183,7 +192,9 @@ class Launcher:
                     amsgrad,
                 )
 
-    def _launch(self, kernel: Any, bucket: Bucket, args: tuple[Any, ...], types: tuple[Any, ...], amsgrad: bool) -> None:
+    def _launch(
+        self, kernel: Any, bucket: Bucket, args: tuple[Any, ...], types: tuple[Any, ...], amsgrad: bool
+    ) -> None:
         kernel[(bucket.programs,)](*args, *types, **_options(self.device.type, amsgrad))
 
     def _guard(self) -> AbstractContextManager[Any]:
@@ -236,7 +247,9 @@ def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, 
         launcher = _launchers[counters.math] = Launcher(device)
     sizes = list(map(Tensor.numel, columns.params))
     counts = [len(group.rows) for group in groups]
-    launcher.arrange(sizes, kinds, counts, [top is not None for top in columns.tops] or [False] * len(rows), joint)
+    launcher.arrange(
+        sizes, kinds, counts, [top is not None for top in columns.tops] or [False] * len(rows), joint
+    )
     launcher.adopt(counters)
     # autograd must know, so that a backward through values from before the step raises
     torch.autograd.graph.increment_version(chain(columns.written(), _of_counters(counters)))

@@ -54,7 +54,9 @@ class Table:
         for staged in self._staged:
             if staged[1].query():
                 return staged
-        self._staged.append((torch.empty_like(self._tensor, device="cpu", pin_memory=True), torch.Event(self._device)))
+        self._staged.append(
+            (torch.empty_like(self._tensor, device="cpu", pin_memory=True), torch.Event(self._device))
+        )
         return self._staged[-1]
 
     def _capture(self, values: Sequence[Any]) -> Tensor:

@@ -35,13 +35,17 @@ def apply(name: str, x: NDArray[np.float32], *scalars: float) -> NDArray[np.floa
 def worst_ulps(got: NDArray[np.float64], want: NDArray[np.float64]) -> float:
     ulp = np.spacing(np.abs(want).astype(np.float32)).astype(np.float64)
     # below the smallest normal number a result may be flushed to 0
-    error = np.where(want < np.finfo(np.float32).tiny, np.minimum(got, np.abs(got - want)), np.abs(got - want))
+    error = np.where(
+        want < np.finfo(np.float32).tiny, np.minimum(got, np.abs(got - want)), np.abs(got - want)
+    )
     assert np.isfinite(got).all()
     return float((error / ulp).max())
 
 
 def test_sine() -> None:
-    x = np.concatenate([np.linspace(0, 0.5, _LANES // 2), np.geomspace(1e-12, 0.5, _LANES // 2)]).astype(np.float32)
+    x = np.concatenate([np.linspace(0, 0.5, _LANES // 2), np.geomspace(1e-12, 0.5, _LANES // 2)]).astype(
+        np.float32
+    )
     got = apply("sine", x)
     assert worst_ulps(got, np.sin(np.pi / 2 * x.astype(np.float64))) <= TRITON_SINE_ULPS
     assert got[0] == 0

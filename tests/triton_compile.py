@@ -69,7 +69,9 @@ def facts(variant: str, target_name: str) -> dict[str, Any]:
     p, m = (elements * _BYTES[dtype] / _WIDE_BYTES for dtype in (params, moments or params))
     tops = int(bool(amsgrad))
     # how many wide accesses it takes to read and write a tile, if none is split
-    wanted = {"loads": 2 * p + (2 + tops) * m, "stores": p + (2 + tops) * m} if name == "step" else {"loads": p}
+    wanted = (
+        {"loads": 2 * p + (2 + tops) * m, "stores": p + (2 + tops) * m} if name == "step" else {"loads": p}
+    )
     read = _nvidia if target.backend == "cuda" else _amd
     return {"wanted": wanted, **read(compiled.asm)}
 
@@ -112,7 +114,9 @@ def _amd(asm: Any) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "spilled": number("vgpr_spill_count")
+        + number("sgpr_spill_count")
+        + number("private_segment_fixed_size"),
         # tables are read by other instructions, or by scalar ones
         "loads": sum(line.startswith("buffer_load_dwordx4") for line in code),
         "stores": sum(line.startswith("buffer_store_dwordx4") for line in code),
@@ -141,7 +145,9 @@ def _before(code: list[str], ticket: str, barrier: str, access: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--record", type=Path, help="write registers per thread into this file")
     args = parser.parse_args()

@@ -15,9 +15,15 @@ EDITS = {
     "part of a wave dropped": ("if part == 0:", "if part < 2:"),
     "restarts as waves": ("if shape == RESTARTS:", "if shape == TABLE:"),
     "cosine as 1 - sin**2": ("tl.minimum(crest, trough)", "crest * 1.0"),
-    "weights swapped": ("        w0 = remaining\n        w1 = elapsed", "        w0 = elapsed\n        w1 = remaining"),
+    "weights swapped": (
+        "        w0 = remaining\n        w1 = elapsed",
+        "        w0 = elapsed\n        w1 = remaining",
+    ),
     "linear as 1 - progress": ("        w0 = remaining\n", "        w0 = 1.0 - elapsed\n"),
-    "power of the elapsed share": ("power(remaining, param_hi, param_lo)", "1.0 - power(elapsed, param_hi, param_lo)"),
+    "power of the elapsed share": (
+        "power(remaining, param_hi, param_lo)",
+        "1.0 - power(elapsed, param_hi, param_lo)",
+    ),
     "1-sqrt as written": ("w0 = tl.div_rn(remaining, 1.0 + w1)", "w0 = 1.0 - w1"),
     "table one ahead": ("table + whole + e", "table + tl.minimum(whole + e + 1, whole + n)"),
     "table from its start": ("table + whole + e", "table + e"),
