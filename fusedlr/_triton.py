@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 
 from fusedlr import reference, tables
 from fusedlr._triton_math import bias_correction
-from fusedlr._triton_schedule import PHASE_FLOATS, PHASE_INTS, evaluate
+from fusedlr._triton_schedule import PHASE_FLOATS, evaluate
 
 CHUNK = tl.constexpr(tables.CHUNK)
 # 8 elements per thread: two 128-bit accesses in fp32, one in 16 bits, at 63 registers (sm_90)
@@ -100,7 +100,7 @@ SIGN = tl.constexpr(_FLOATS.index("sign"))
 
 @triton.jit
 def adamw(p, g, m, v, top, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2):
-    """`reference.adamw_` on one element; `top` is its largest second moment so far, below 0 without amsgrad."""
+    """`reference.adamw_` on one element; `top`, its largest v so far, is below 0 without amsgrad."""
     g = g * factor
     p = p - decay * p
     m = m + (g - m) * one_b1
@@ -115,7 +115,7 @@ def adamw(p, g, m, v, top, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """x, fp32, rounded to nearest in another type."""
-    if TRUNCATES and TYPE == tl.bfloat16:
+    if TRUNCATES and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         x = tl.where(x != x, 0x7FC0, nearest).to(tl.uint16).to(TYPE, bitcast=True)
@@ -167,7 +167,7 @@ def update_tile(
     AMSGRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """AdamW on a tile of the tensor in `row`: `left` elements or all, from element `first`; g is an address."""
+    """AdamW on a tile of a tensor from element `first`: `left` elements, or a whole tile if aligned."""
     factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2 = s
     inside = tl.arange(0, NARROW) < left
     ps = at(tl.load(row + PARAM), first, PARAMS, ALIGNED)
@@ -207,7 +207,7 @@ def square_tile(g, first, left, factor, PARAMS: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def place(chunk, tensors, grads):
-    """The chunk's tensor: its row, its gradient's address, the chunk's first element and number of elements."""
+    """The row of a chunk's tensor, its gradient's address, the chunk's first element and its size."""
     tensor = tl.load(chunk + TENSOR)
     # -1 is the empty chunk of a group without elements; row 0 always exists
     i = tl.maximum(tensor, 0)
@@ -249,7 +249,7 @@ def lr_at(ints, floats, phase_ints, phase_floats, table, k):
 
 @triton.jit
 def scalars(row, floats, lr, factor):
-    """What every element of a chunk is multiplied with, made as late as its tensor's own step count allows."""
+    """What every element of a chunk is computed with."""
     t = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))) + 1.0
     bc1 = bias_correction(t, tl.load(floats + LOG_B1_HI), tl.load(floats + LOG_B1_LO))
     bc2 = bias_correction(t, tl.load(floats + LOG_B2_HI), tl.load(floats + LOG_B2_LO))
@@ -280,8 +280,8 @@ def is_last(ticket, programs):
 
 
 # no value and no address is compiled in: a new step, tensor or group never recompiles
-_RUNTIME = ("tensors", "grads", "chunks", "ints", "floats", "counters", "used", "norms", "tickets")
-_RUNTIME += ("grad_scale", "found_inf", "first", "programs", "groups", "phases", "count")
+_TABLES = ("tensors", "grads", "chunks", "ints", "floats", "counters", "used", "norms", "tickets")
+_RUNTIME = (*_TABLES, "grad_scale", "found_inf", "first", "programs", "groups", "phases", "count")
 
 
 def _kernel(fn):
@@ -305,7 +305,7 @@ def norm_kernel(
 ):
     """The L2 norm of the unscaled gradients of every scope that needs one."""
     chunk = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
-    row, grad, begin, count = place(chunk, tensors, grads)
+    _, grad, begin, count = place(chunk, tensors, grads)
     normed = tl.load(ints + tl.load(chunk + GROUP) * GROUP_INTS + NORMED)
     count = tl.where(normed != 0, count, 0)
     factor = tl.div_rn(1.0, tl.load(grad_scale))

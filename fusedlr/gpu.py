@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusedlr import cpu, reference
 from fusedlr.reference import Counters, GroupStep, Signals, TensorMath
-from fusedlr.staging import Table
+from fusedlr.staging import Table, capturing
 from fusedlr.tables import GROUP_INTS, PHASE_INTS, Bucket, Layout, pack_groups
 
 # dtype of a parameter and its gradient, and of its moments
@@ -100,6 +100,10 @@ class Launcher:
         self._adopted: tuple[Tensor, ...] = ()
         self._key: Any = None
         self._layout = Layout([], [], [], 0)
+        # arguments of captured launches
+        self._captured: list[Any] = []
+        self._packed_from: tuple[Any, ...] = ()
+        self._packed: tuple[list[int], list[float], int] = [], [], 0
 
     def arrange(
         self,
@@ -109,7 +113,7 @@ class Launcher:
         amsgrad: Sequence[bool],
         joint: bool,
     ) -> None:
-        """Lay out the chunks of a step on tensors of these sizes and dtypes, `counts[i]` of them in group i."""
+        """Lay out the chunks of a step on these tensors; the next `counts[i]` of them are group i's."""
         key = (*sizes,), (*kinds,), (*counts,), (*amsgrad,), joint
         if key == self._key:
             return
@@ -146,56 +150,54 @@ class Launcher:
         p, g, m, v, tops, steps = addresses
         tops = tops or [0] * len(p)
         rows = chain.from_iterable(zip(p, m, v, tops, steps, self._sizes, self._group_of, strict=True))
-        lr_addresses = [self._rate(group) for group in groups]
-        ints, floats = pack_groups(groups, self._layout, lr_addresses, joint)
-        phases = (len(ints) - len(groups) * len(GROUP_INTS)) // len(PHASE_INTS)
+        ints, floats, phases = self._hyperparameters(groups, joint)
         own: dict[str, bool] = {"pinned_to_graph": True}
         tensors, grads = self._tensors.put(list(rows), **own), self._grads.put(g, **own)
         chunks = self._chunks.put(self._layout.chunks, **own)
         tables = tensors, grads, chunks, self._ints.put(ints)
+        numbers = self._floats.put(floats)
         grad_scale = self._one if signals.grad_scale is None else self._fp32(signals.grad_scale)
         found_inf = self._zero if signals.found_inf is None else self._flag(signals.found_inf)
         normed = any(group.max_grad_norm is not None or group.skip_nonfinite for group in groups)
         programs, count = self._layout.programs, len(groups)
-        with self._guard():
-            for bucket in self._layout.buckets if normed else ():
-                params, _ = bucket.key or _DEFAULT_KIND
-                self._launch(
-                    _kernels().norm_kernel,
-                    bucket,
-                    (*tables, self._norms, self._tickets, grad_scale, bucket.first, programs, count),
-                    (_kernels().TYPES[params],),
-                    False,
-                )
-            for bucket in self._layout.buckets:
-                params, moments = bucket.key or _DEFAULT_KIND
-                amsgrad = bucket.key in self._with_amsgrad
-                self._launch(
-                    _kernels().step_kernel,
-                    bucket,
-                    (
-                        *tables,
-                        self._floats.put(floats),
-                        self._counters,
-                        self._used,
-                        self._norms,
-                        self._tickets,
-                        grad_scale,
-                        found_inf,
-                        bucket.first,
-                        programs,
-                        count,
-                        phases,
-                        len(p),
-                    ),
-                    (_kernels().TYPES[params], _kernels().TYPES[moments], amsgrad),
-                    amsgrad,
-                )
+        norm_args = *tables, self._norms, self._tickets, grad_scale
+        blocks = numbers, self._counters, self._used
+        step_args = *tables, *blocks, self._norms, self._tickets, grad_scale, found_inf
+        if capturing(self.device):
+            # a replay reads them long after the next step has got others
+            self._captured.append((norm_args, step_args))
+        kernels = _kernels()
+        try:
+            with self._guard():
+                for bucket in self._layout.buckets if normed else ():
+                    params, _ = bucket.key or _DEFAULT_KIND
+                    rest = bucket.first, programs, count, kernels.TYPES[params]
+                    self._launch(kernels.norm_kernel, bucket, (*norm_args, *rest), False)
+                for bucket in self._layout.buckets:
+                    params, moments = bucket.key or _DEFAULT_KIND
+                    amsgrad = bucket.key in self._with_amsgrad
+                    types = kernels.TYPES[params], kernels.TYPES[moments], amsgrad
+                    lengths = bucket.first, programs, count, phases, len(p)
+                    self._launch(kernels.step_kernel, bucket, (*step_args, *lengths, *types), amsgrad)
+        except BaseException:
+            # some launches took tickets, and the last one of them will not come
+            self._tickets.zero_()
+            raise
 
-    def _launch(
-        self, kernel: Any, bucket: Bucket, args: tuple[Any, ...], types: tuple[Any, ...], amsgrad: bool
-    ) -> None:
-        kernel[(bucket.programs,)](*args, *types, **_options(self.device.type, amsgrad))
+    def _launch(self, kernel: Any, bucket: Bucket, args: tuple[Any, ...], amsgrad: bool) -> None:
+        kernel[(bucket.programs,)](*args, **_options(self.device.type, amsgrad))
+
+    def _hyperparameters(
+        self, groups: Sequence[GroupStep], joint: bool
+    ) -> tuple[list[int], list[float], int]:
+        """What `pack_groups` makes of the groups, and the number of phases; packed when a value changes."""
+        addresses = [self._rate(group) for group in groups]
+        key = [cpu._of_group(group) for group in groups], addresses, joint, self._layout
+        if key != self._packed_from:
+            ints, floats = pack_groups(groups, self._layout, addresses, joint)
+            phases = (len(ints) - len(groups) * len(GROUP_INTS)) // len(PHASE_INTS)
+            self._packed_from, self._packed = key, (ints, floats, phases)
+        return self._packed
 
     def _guard(self) -> AbstractContextManager[Any]:
         """Make the tensors' device the current one, which Triton launches on."""

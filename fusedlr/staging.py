@@ -1,4 +1,4 @@
-"""Tables on a device that follow lists of numbers on the host, uploaded when they change and without waiting."""
+"""Tables on a device that follow lists of numbers on the host: uploaded when they change, without waiting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Table:
 
         While a CUDA graph is captured, a table that is `pinned_to_graph` becomes the graph's own.
         """
-        if pinned_to_graph and _capturing(self._device):
+        if pinned_to_graph and capturing(self._device):
             return self._capture(values)
         if values != self._values:
             self._upload(values)
@@ -67,5 +67,6 @@ class Table:
         return tensor
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether what is queued now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

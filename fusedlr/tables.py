@@ -69,7 +69,7 @@ def split(x: float) -> tuple[float, float]:
 
 
 def log(b: float) -> float:
-    """log(b); for 0 a number whose multiples are finite and whose power is 0."""
+    """The logarithm of `b`; for 0 a number whose multiples are finite and whose power is 0."""
     return math.log(b) if b > 0 else -128.0
 
 
@@ -93,7 +93,7 @@ def pack_phases(schedule: Schedule, position: int) -> tuple[list[int], list[floa
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors of one kind, which one launch updates: `programs` chunks from row `first` of the chunk table."""
+    """Tensors of one kind, which one launch updates: `programs` rows of the chunk table from `first`."""
 
     key: Any
     first: int

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _interpret_faster() -> None:
-    """Do not patch the language anew for every function that a kernel calls: half of the interpreter's time."""
+    """Do not patch the language anew for every function in a kernel: half of the interpreter's time."""
     from triton.runtime.interpreter import InterpretedFunction
 
     patching = InterpretedFunction.__call__

@@ -333,6 +333,25 @@ def test_what_a_step_used_is_in_fp32() -> None:
     assert {optimizer.metrics()[key].dtype for key in ("lr", "grad_norm", "coef")} == {torch.float32}
 
 
+def test_a_launch_that_fails_leaves_no_tickets_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = train("triton", lambda: [{"params": [*params(2), *params(3, dtype=torch.bfloat16)]}], steps=1)
+    launch, calls = gpu.Launcher._launch, []
+
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("the device is lost")
+        launch(*args)
+
+    monkeypatch.setattr(gpu.Launcher, "_launch", failing)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [1]
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [2]
+    assert {s["step"].item() for s in optimizer.state.values()} == {2.0}
+
+
 # --- who can run it
 
 

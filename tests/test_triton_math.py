@@ -1,5 +1,6 @@
-"""The scalar functions of the Triton kernels against fp64, in the interpreter: they use IEEE operations alone,
-so that a GPU gives the same bits.
+"""The scalar functions of the Triton kernels against fp64, in the interpreter.
+
+They use IEEE operations alone, so a GPU gives the same bits.
 """
 
 from __future__ import annotations

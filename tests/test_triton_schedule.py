@@ -1,4 +1,4 @@
-"""Triton's schedule against the fp64 definition at every step, in the interpreter; wrong spellings are seen."""
+"""Triton's schedule against the fp64 definition at every step, in the interpreter; wrong ones are seen."""
 
 from __future__ import annotations
 
