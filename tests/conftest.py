@@ -28,8 +28,11 @@ def _interpret_faster() -> None:
     InterpretedFunction.__call__ = call
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if _INTERPRETED:
     _interpret_faster()
+# no tests in them, and they need Triton
+collect_ignore = ["triton_compile.py", "triton_math_kernels.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _INTERPRETED:
+        # not skipped: test_triton_interpreter.py does run them
+        elsewhere = [item for item in items if item.get_closest_marker("interpreter")]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -12,14 +12,14 @@ import torch
 from harness import relative_difference
 from tolerances import TRITON_STEP
 from torch import Tensor, nn
-from triton_spelling import load, needs_interpreter
+from triton_spelling import load
 from wrong import triton_steps as wrong
 
 import fusedlr
 from fusedlr import backends, gpu, staging
 from fusedlr.tables import CHUNK, GROUP_INTS
 
-pytestmark = needs_interpreter
+pytestmark = pytest.mark.interpreter
 
 SCHEDULE = fusedlr.cosine(warmup_steps=2, total_steps=12, min_lr_ratio=0.1)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

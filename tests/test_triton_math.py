@@ -12,11 +12,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tolerances import TRITON_BIAS_ULPS, TRITON_POWER_ULPS, TRITON_SINE_ULPS
-from triton_spelling import needs_interpreter
 
 from fusedlr.tables import log, split
 
-pytestmark = needs_interpreter
+pytestmark = pytest.mark.interpreter
 
 # values per call
 _LANES = 2**17

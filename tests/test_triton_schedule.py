@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import schedule_parity
 from schedule_zoo import PEAK, ZOO
-from triton_spelling import Spelling, needs_interpreter
+from triton_spelling import Spelling
 from wrong import triton_schedules as wrong
 
-pytestmark = needs_interpreter
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.fixture(scope="module")

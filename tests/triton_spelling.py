@@ -8,22 +8,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
-import os
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 from numpy.typing import NDArray
 
 from fusedlr import Schedule
 from fusedlr.tables import PHASE_FLOATS, PHASE_INTS, pack_phases
-
-needs_interpreter = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="runs in Triton's interpreter: TRITON_INTERPRET=1 (test_triton_interpreter.py sets it)",
-)
 
 # appended to the spelling: what a kernel does for one step, for many at once
 _MANY_STEPS = '''
