@@ -75,7 +75,7 @@ const Kernel& kernel_for(const std::string& isa) {
     throw std::invalid_argument("this machine cannot run " + isa);
 }
 
-// addresses of reference.Counters' two matrices, (3, groups) each
+// addresses of reference.Counters' two matrices, (4, groups) and (3, groups)
 struct CounterTable {
     int64_t* counts;
     double* used;
@@ -205,6 +205,7 @@ PYBIND11_MODULE(_cpu, module) {
     py::class_<Watch>(module, "Watch")
         .def(py::init<const py::list&, const py::dict&>(), py::arg("groups"), py::arg("state"))
         .def("same", &Watch::same)
+        .def("increment_versions", &Watch::increment_versions)
         .def("release", &Watch::release)
         .def_property_readonly("gradients", &Watch::gradients);
     py::class_<Kernel>(module, "Kernel").def_readonly("name", &Kernel::name);

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fusedlr import cpu, reference
+from fusedlr import cpu, gpu, reference
 from fusedlr.warn import warn
 
 
@@ -38,8 +38,9 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cuda", None, _not_built("CUDA kernel")),
-        Backend("triton", None, _not_built("Triton kernel")),
+        # before Triton, which on the CPU is an interpreter
         Backend("cpu", cpu.step_, cpu.why_not, cpu.repeat),
+        Backend("triton", gpu.step_, gpu.why_not),
         Backend("reference", reference.step_, lambda devices: None),
     )
 }

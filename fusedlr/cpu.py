@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedlr import compiled, reference
+from fusedlr.order import copy_back, has_memory, in_order
 from fusedlr.plan import Pack, pack_of
 from fusedlr.reference import Counters, GroupStep, Row, Signals
 from fusedlr.schedule import SHAPES, Schedule
@@ -156,7 +157,7 @@ def _first_step_(
 ) -> tuple[list[int], list[int], list[float]] | None:
     """The step that packs; every step is one where tensors have to be copied or cannot be watched."""
     rows = list(chain.from_iterable(group.rows for group in groups))
-    ordered = list(map(_in_order, rows))
+    ordered = list(map(in_order, rows))
     kinds = [_KINDS.get(_dtypes(row)) for row in ordered]
     if counters.k.device.type != "cpu" or not all(map(_runs, ordered, kinds)):
         return reference.step_(groups, counters, signals, joint=joint)
@@ -166,7 +167,7 @@ def _first_step_(
     if all(map(is_, rows, ordered)):
         pack.kernel = kernel if pack.watch is not None else None
     else:
-        _copy_back(rows, ordered)
+        copy_back(rows, ordered)
     return read
 
 
@@ -186,46 +187,8 @@ def _runs(row: Row, kind: tuple[int, int] | None) -> bool:
         return False
     if largest is not None and largest.dtype != row.exp_avg_sq.dtype:
         return False
-    return all(x.data_ptr() for x in (row.grad, *row.written()) if x.numel())
+    return has_memory(row)
 
 
 def _number(x: Tensor | float) -> float:
     return float(x.item() if isinstance(x, Tensor) else x)
-
-
-def _in_order(row: Row) -> Row:
-    """The row, if its tensors can be run through element by element; else contiguous copies where needed."""
-    updated = [row.param, row.exp_avg, row.exp_avg_sq]
-    if row.max_exp_avg_sq is not None:
-        updated.append(row.max_exp_avg_sq)
-    if not row.grad.is_neg():
-        tensors = [row.grad, *updated]
-        if all(map(Tensor.is_contiguous, tensors)):
-            return row
-        if len({x.stride() for x in tensors}) == 1 and _dense(row.param):
-            return row
-    grad = row.grad.resolve_neg().contiguous()
-    # the moments' copies may be of the parameter's layout, but this happens once in a while at most
-    p, m, v, *top = (x.detach().contiguous() for x in updated)
-    return Row(p, grad, m, v, top[0] if top else None, row.step)
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _copy_back(rows: Sequence[Row], ordered: Sequence[Row]) -> None:
-    """Give the tensors that a contiguous copy stood in for their new values."""
-    for row, copy in zip(rows, ordered, strict=True):
-        if row is copy:
-            continue
-        for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            old, new = getattr(row, name), getattr(copy, name)
-            if old is not None and old.data_ptr() != new.data_ptr():
-                old.copy_(new)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedlr.reference import Counters
+from fusedlr.reference import Counters, scalar_dtype
 from fusedlr.warn import warn
 
 # dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
@@ -36,6 +36,7 @@ class Mirror:
         self.k: list[int] = []
         self._in_flight: _Copy | None = None
         self._warned = False
+        self._stale = 0
         self.attach(counters)
 
     def attach(self, counters: Counters) -> None:
@@ -72,7 +73,7 @@ class Mirror:
         device = self._counters.k.device
         if device.type == "cpu":
             # every step does this: what nobody may ask for is left where it is
-            k, _, in_row = self._counters.counts.tolist()
+            k, _, in_row, _ = self._counters.counts.tolist()
             self.tell(k, in_row)
             return
         if self._in_flight is not None:
@@ -87,7 +88,7 @@ class Mirror:
         self._in_flight = _Copy(values, arrived, list(self._advances))
 
     def _take(self, values: Tensor, advances: list[int]) -> None:
-        k, skipped, in_row, lr, norm, coef = values.tolist()
+        k, skipped, in_row, stale, lr, norm, coef = values.tolist()
         # steps counted here after the copy was started are not in it
         self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
         self._metrics: dict[str, list[Any]] = {
@@ -98,6 +99,12 @@ class Mirror:
             "step": [int(x) for x in k],
         }
         self._warn_skips(in_row)
+        if max(stale, default=0) > self._stale:
+            self._stale = int(max(stale))
+            raise RuntimeError(
+                f"{self._stale} replays of a captured step did nothing: parameters or optimizer state have "
+                "been moved, replaced or added since the capture. Capture the CUDA graph again"
+            )
 
     def _warn_skips(self, in_row: Sequence[float]) -> None:
         if self._warned or max(in_row, default=0) < _SKIPS_TO_WARN:
@@ -111,5 +118,7 @@ class Mirror:
 
 
 def _pack(counters: Counters) -> Tensor:
-    """All counters as one matrix (6, groups) of floats, so that one copy takes them."""
-    return torch.cat([counters.counts.to(counters.used.dtype), counters.used])
+    """All counters as one matrix (7, groups) of floats, so that one copy takes them."""
+    # a backend may keep in fp32 what a step used; `k` would lose its last digits in it
+    dtype = scalar_dtype(counters.k.device)
+    return torch.cat([counters.counts.to(dtype), counters.used.to(dtype)])

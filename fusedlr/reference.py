@@ -121,8 +121,9 @@ class Counters:
     """Per-group counters and what the last step used, on one device.
 
     Attributes:
-        counts: int64 of shape (3, groups). Its rows are `k` (updates made: drives the schedule), `skipped`
-            (steps) and `skips_in_row` (steps skipped since the last update).
+        counts: int64 of shape (4, groups). Its rows are `k` (updates made: drives the schedule), `skipped`
+            (steps), `skips_in_row` (steps skipped since the last update) and `stale` (replays of a captured
+            step that found other tensors than it was captured with, and did nothing).
         used: of shape (3, groups). Its rows are `lr`, `grad_norm` (nan where none was needed) and `coef` (of
             clipping, 1 where nothing was clipped).
     """
@@ -133,13 +134,18 @@ class Counters:
 
     def __post_init__(self) -> None:
         """Name the rows."""
-        self.k, self.skipped, self.skips_in_row = self.counts.unbind()
-        self.lr, self.grad_norm, self.coef = self.used.unbind()
+        self.k, self.skipped, self.skips_in_row, self.stale = self.counts.unbind()
+        self.use(self.used)
+
+    def use(self, used: Tensor) -> None:
+        """Keep what a step used in another tensor of this shape."""
+        self.used = used
+        self.lr, self.grad_norm, self.coef = used.unbind()
 
     @staticmethod
     def zeros(groups: int, device: torch.device) -> Counters:
         """Counters of an optimizer that has made no step."""
-        counts = torch.zeros((3, groups), dtype=torch.int64, device=device)
+        counts = torch.zeros((4, groups), dtype=torch.int64, device=device)
         counters = Counters(
             counts, torch.zeros((3, groups), dtype=scalar_dtype(device), device=device), TensorMath(device)
         )

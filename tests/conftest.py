@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,38 @@ from harness import backends_on
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def _interpret_faster() -> None:
+    """Do not patch the language anew for every function in a kernel: half of the interpreter's time."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching = InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Triton's own functions see parts of it that kernels do not
+        ours = self.fn.__module__.startswith("fusedlr.")
+        return self.rewrite()(*args, **kwargs) if ours else patching(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if _INTERPRETED:
+    _interpret_faster()
+# no tests in them, and they need Triton
+collect_ignore = ["triton_compile.py", "triton_math_kernels.py"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # that nothing faster than the reference is built here is no failure of a test
     config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _INTERPRETED:
+        # not skipped: test_triton_interpreter.py does run them
+        elsewhere = [item for item in items if item.get_closest_marker("interpreter")]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ def backends_on(device: str) -> list[str]:
     if device != "cpu" and not torch.cuda.is_available():
         return ["reference"]
     return [name for name, why in backends.reasons([torch.device(device)]).items() if why is None]
+
+
+def brief(case: Case, device: str, backend: str) -> Case:
+    """The case, or its first steps where Triton's interpreter runs it: 10 ms per tensor and launch."""
+    interpreted = device == "cpu" and backend == "triton"
+    return replace(case, steps=min(case.steps, 6)) if interpreted else case
 
 
 def make_groups(case: Case, dtype: torch.dtype, start: torch.dtype, device: str) -> list[dict[str, Any]]:

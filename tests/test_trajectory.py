@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, FALLING, UNIFORM, Case
-from harness import Run, fused, make_groups, relative_difference, run, squared_error, stock
+from harness import Run, brief, fused, make_groups, relative_difference, run, squared_error, stock
 from tolerances import FP64_TRAJECTORY, MOMENTS_RATIO, RMS_RATIO, WRONG_MARGIN
 from wrong import steps as wrong_steps
 
@@ -38,7 +38,7 @@ def test_fp64_equals_torch(case: Case, device: str, backend: str) -> None:
 
 
 def test_fp32_error_is_at_most_that_of_torch(device: str, backend: str) -> None:
-    assert rms_ratio(UNIFORM, torch.float32, device, backend=backend) <= RMS_RATIO
+    assert rms_ratio(UNIFORM, torch.float32, device, backend) <= RMS_RATIO
 
 
 def test_error_over_a_thousand_steps_is_at_most_that_of_torch_fused(device: str, backend: str) -> None:
@@ -57,7 +57,7 @@ def test_16_bit_moments_are_as_good_as_those_of_torch_fused(
     # where fp16 overflows or its moments underflow to 0, torch gives nan: there is nothing to compare with
     cases = [case for case in UNIFORM if dtype == torch.bfloat16 or case.grad_size(0) == 1]
     cases = [replace(case, options={**case.options, "eps": 1e-4}) for case in cases]
-    assert rms_ratio(cases, dtype, device, backend=backend, state_dtype="param") <= RMS_RATIO
+    assert rms_ratio(cases, dtype, device, backend, state_dtype="param") <= RMS_RATIO
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -77,12 +77,14 @@ def test_16_bit_moments_are_those_of_torch_fused(dtype: torch.dtype, device: str
 def test_fp32_moments_are_closer_to_the_oracle_than_torch(
     dtype: torch.dtype, device: str, backend: str
 ) -> None:
-    assert rms_ratio([FALLING], dtype, device, backend=backend) < MOMENTS_RATIO
+    # all of its steps, whoever runs them: in the interpreter, a minute
+    totals = errors(FALLING, dtype, device, backend=backend)
+    assert (totals[0] / totals[1]) ** 0.5 < MOMENTS_RATIO
 
 
 @pytest.mark.parametrize("case", UNIFORM, ids=lambda case: case.name)
 def test_two_runs_give_the_same_bits(case: Case, device: str, backend: str) -> None:
-    case = replace(case, steps=min(case.steps, 10))
+    case = brief(replace(case, steps=min(case.steps, 10)), device, backend)
     first, second = (
         run(case, fused(case, backend=backend), dtype=torch.float32, device=device) for _ in range(2)
     )
@@ -124,10 +126,11 @@ def errors(case: Case, dtype: torch.dtype, device: str, **options: object) -> tu
 
 
 def rms_ratio(
-    cases: list[Case] | tuple[Case, ...], dtype: torch.dtype, device: str, **options: object
+    cases: list[Case] | tuple[Case, ...], dtype: torch.dtype, device: str, backend: str, **options: object
 ) -> float:
     """RMS error of ours over torch's, over all elements of all cases."""
-    totals = [errors(case, dtype, device, **options) for case in cases]
+    cases = [brief(case, device, backend) for case in cases]
+    totals = [errors(case, dtype, device, backend=backend, **options) for case in cases]
     ours, theirs = (sum(column) for column in zip(*totals, strict=True))
     return (ours / theirs) ** 0.5
 

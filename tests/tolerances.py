@@ -64,3 +64,19 @@ SCHEDULE_ULPS_FP64 = 4
 # reduced, its angle of up to 2*pi*num_cycles (3.3 in the zoo) is rounded four times: 4 * 2**-53 * 10.4 =
 # 4.6e-15
 SCHEDULE_UNEVEN_FP64 = 5e-15
+
+# --- Triton
+
+# scalar functions against fp64, in ulp of the result. A sine up to 45 degrees: half an ulp each of x**2, the
+# constant, the product, plus what the polynomial rounds (measured 1.7)
+TRITON_SINE_ULPS = 2
+# 1 - b**t for t of 1 to 1.6e7: half an ulp of the result and one of the polynomial below it (measured 1.53)
+TRITON_BIAS_ULPS = 2
+# x**c with c up to 100: an exponent of 100 known to 2**-31 is 0.5 ulp, the polynomial 1, the sum 0.5
+# (measured 2.41)
+TRITON_POWER_ULPS = 3
+# One fp32 step against the reference, whose scalars are fp64 until they are used, relative to the largest
+# element: the rate is off by up to 8 ulp (9.5e-7), bias corrections and norm by 4, and all of it is relative
+# to an update, which is not larger than the parameters of the tests; a last rounding of the element 1.2e-7
+# (measured 4e-7)
+TRITON_STEP = 1.5e-6
