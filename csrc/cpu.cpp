@@ -68,13 +68,12 @@ Tensors::Tensors(const std::vector<int>& params, const std::vector<int>& moments
     chunk_of_.push_back(chunks_.size());
 }
 
-void Tensors::place_gradients(const std::vector<uintptr_t>& g) {
-    for (size_t i = 0; i < size(); ++i) spans_[i].g = reinterpret_cast<char*>(g[i]);
-}
-
-void Tensors::step(const Kernel& kernel, const std::vector<const Group*>& groups,
+void Tensors::step(const std::vector<uintptr_t>& gradients, const Kernel& kernel,
+                   const std::vector<const Group*>& groups,
                    const std::vector<int64_t>& counts, const Counters& counters, const Signals& signals,
                    bool joint, int threads) {
+    const std::lock_guard<std::mutex> lock(busy_);
+    for (size_t i = 0; i < size(); ++i) spans_[i].g = reinterpret_cast<char*>(gradients[i]);
     make_scopes(groups, counts, signals, joint);
     const bool norm = std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.norm; });
     const size_t chunks = chunks_.size();

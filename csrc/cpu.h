@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -55,10 +56,9 @@ class Tensors {
 
     size_t size() const { return spans_.size(); }
 
-    void place_gradients(const std::vector<uintptr_t>& g);
-
-    // groups hold counts[i] tensors each, in order
-    void step(const Kernel& kernel, const std::vector<const Group*>& groups,
+    // gradients: one address per tensor; groups hold counts[i] tensors each, in order
+    void step(const std::vector<uintptr_t>& gradients, const Kernel& kernel,
+              const std::vector<const Group*>& groups,
               const std::vector<int64_t>& counts, const Counters& counters, const Signals& signals,
               bool joint, int threads);
 
@@ -93,7 +93,8 @@ class Tensors {
     std::vector<Chunk> chunks_;
     std::vector<size_t> chunk_of_;  // tensor -> its first chunk; one more at the end
     int64_t elements_ = 0;
-    // of the step under way
+    // of the step under way, of which there is one at a time
+    std::mutex busy_;
     std::vector<Scope> scopes_;
     std::vector<const Scope*> scope_of_;    // tensor -> its scope
     std::vector<Scalars<double>> scalars_;  // per tensor

@@ -59,14 +59,14 @@ void check_size(const Addresses& addresses, size_t size) {
     if (addresses.size() != size) throw std::invalid_argument("one address per tensor is needed");
 }
 
-Tensors make_tensors(const std::vector<int>& params, const std::vector<int>& moments,
+std::unique_ptr<Tensors> make_tensors(const std::vector<int>& params, const std::vector<int>& moments,
                      const std::vector<int64_t>& sizes, const Addresses& p, const Addresses& m,
                      const Addresses& v, const Addresses& tops, const Addresses& steps) {
     if (params.size() != sizes.size() || moments.size() != sizes.size())
         throw std::invalid_argument("one type per tensor is needed");
     for (const Addresses* addresses : {&p, &m, &v, &steps}) check_size(*addresses, sizes.size());
     if (!tops.empty()) check_size(tops, sizes.size());
-    return {params, moments, sizes, p, m, v, tops, steps};
+    return std::make_unique<Tensors>(params, moments, sizes, p, m, v, tops, steps);
 }
 
 const Kernel& kernel_for(const std::string& isa) {
@@ -94,7 +94,8 @@ py::list listed(const T* begin, int64_t n) {
     return list;
 }
 
-// gradients: their addresses. Returns per group k, steps skipped in a row and the lr used
+// gradients: their addresses. Returns per group k, steps skipped in a row and the lr used, or of a group that
+// made no step the lr of its next one
 py::tuple step(Tensors& tensors, const Addresses& gradients, const Kernel& kernel,
                const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
                const CounterTable& counters, std::optional<double> grad_scale, bool found_inf, bool joint,
@@ -107,77 +108,88 @@ py::tuple step(Tensors& tensors, const Addresses& gradients, const Kernel& kerne
     const Counters rows = counters.rows();
     {
         const py::gil_scoped_release release;
-        tensors.place_gradients(gradients);
-        tensors.step(kernel, groups, counts, rows, {bool(grad_scale), grad_scale.value_or(1), found_inf},
-                     joint, threads);
+        tensors.step(gradients, kernel, groups, counts, rows,
+                     {bool(grad_scale), grad_scale.value_or(1), found_inf}, joint, threads);
     }
-    return py::make_tuple(listed(rows.k, counters.groups), listed(rows.skips_in_row, counters.groups),
-                          listed(rows.lr, counters.groups));
+    py::list lr = listed(rows.lr, counters.groups);
+    for (size_t i = 0; i < groups.size(); ++i) {
+        const Group& group = *groups[i];
+        if (!joint && counts[i] == 0 && group.schedule)
+            lr[size_t(group.index)] = py::cast(group.peak * group.schedule->at(rows.k[group.index]));
+    }
+    return py::make_tuple(listed(rows.k, counters.groups), listed(rows.skips_in_row, counters.groups), lr);
 }
 
-py::tuple step_watched(Tensors& tensors, const Watch& watch, const Kernel& kernel,
+py::tuple step_watched(Tensors& tensors, Watch& watch, const Kernel& kernel,
                        const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
                        const CounterTable& counters, std::optional<double> grad_scale, bool found_inf,
                        bool joint, int threads) {
     watch.increment_versions();
-    return step(tensors, watch.gradients(), kernel, groups, counts, counters, grad_scale, found_inf, joint,
-                threads);
+    // another thread may watch while this one computes
+    const std::vector<py::object> alive = watch.take_gradients();
+    const Addresses gradients = watch.gradients();
+    return step(tensors, gradients, kernel, groups, counts, counters, grad_scale, found_inf, joint, threads);
 }
 
 // A step like the last one, from the optimizer's groups and state to their new values in one call: Python's own
 // share of a small step is larger than the kernel's, above all where other code ran in between.
 class Repeat {
   public:
-    Repeat(py::list groups, py::object watch, py::object tensors, const Kernel& kernel,
+    // groups are kept alive by the caller: what is held here, Python's collector would not see
+    Repeat(const py::list& groups, py::object watch, py::object tensors, const Kernel& kernel,
            const std::vector<const Group*>& steps, std::vector<int64_t> counts, const CounterTable& counters,
            bool joint)
-        : groups_(groups),
-          watch_(watch),
+        : watch_(watch),
           tensors_(tensors),
           kernel_(kernel),
           counts_(counts),
           counters_(counters),
           joint_(joint),
           lr_name_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("lr"))) {
+        for (const py::handle group : groups) groups_.push_back(group.ptr());
         for (const Group* step : steps) steps_.push_back(*step);
         for (const Group& step : steps_) pointers_.push_back(&step);
+        if (groups_.size() != steps_.size()) throw std::invalid_argument("one step per group is needed");
     }
 
     // None where more than gradients and given rates has changed: nothing has been done then
-    py::object operator()(const py::list& groups, const py::dict& state, int threads) {
-        Watch& watch = watch_.cast<Watch&>();
-        if (groups.size() != steps_.size()) return py::none();
-        for (size_t i = 0; i < steps_.size(); ++i) {
+    py::object operator()(const py::object& groups, const py::object& state, int threads) {
+        if (!PyList_Check(groups.ptr()) || size_t(PyList_GET_SIZE(groups.ptr())) != groups_.size())
+            return py::none();
+        for (size_t i = 0; i < groups_.size(); ++i) {
             PyObject* const group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i));
-            if (group != PyList_GET_ITEM(groups_.ptr(), Py_ssize_t(i))) return py::none();
+            if (group != groups_[i]) return py::none();
             if (steps_[i].schedule) continue;
             PyObject* const lr = PyDict_GetItemWithError(group, lr_name_.ptr());
             // a tensor may be anything by now
             if (!lr || !PyFloat_Check(lr)) return py::none();
             steps_[i].lr = PyFloat_AS_DOUBLE(lr);
         }
-        if (!watch.same(groups, state)) {
-            watch.release();
-            return py::none();
-        }
+        Watch& watch = watch_.cast<Watch&>();
+        const Release release = {watch};
+        if (!watch.same(groups, state)) return py::none();
         const py::tuple told = step_watched(tensors_.cast<Tensors&>(), watch, kernel_, pointers_, counts_,
                                             counters_, std::nullopt, false, joint_, threads);
-        watch.release();
-        show(told[2]);
+        show(groups, told[2]);
         return told;
     }
 
   private:
+    struct Release {
+        Watch& watch;
+        ~Release() { watch.release(); }
+    };
+
     // the rate just used, past the group's own __setitem__: nobody from outside wrote it
-    void show(const py::list& rates) const {
+    void show(const py::object& groups, const py::list& rates) const {
         for (size_t i = 0; i < steps_.size(); ++i) {
-            PyObject* const group = PyList_GET_ITEM(groups_.ptr(), Py_ssize_t(i));
+            PyObject* const group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i));
             if (steps_[i].schedule && PyDict_SetItem(group, lr_name_.ptr(), rates[i].ptr()))
                 throw py::error_already_set();
         }
     }
 
-    py::list groups_;
+    std::vector<PyObject*> groups_;
     py::object watch_, tensors_;
     const Kernel& kernel_;
     std::vector<Group> steps_;
@@ -220,7 +232,7 @@ PYBIND11_MODULE(_cpu, module) {
              }),
              py::arg("counts"), py::arg("used"), py::arg("groups"));
     py::class_<Repeat>(module, "Repeat")
-        .def(py::init<py::list, py::object, py::object, const Kernel&, const std::vector<const Group*>&,
+        .def(py::init<const py::list&, py::object, py::object, const Kernel&, const std::vector<const Group*>&,
                       std::vector<int64_t>, const CounterTable&, bool>(),
              py::arg("groups"), py::arg("watch"), py::arg("tensors"), py::arg("kernel"), py::arg("steps"),
              py::arg("counts"), py::arg("counters"), py::arg("joint"))

@@ -65,7 +65,9 @@ struct Torch {
     py::object gradient(PyObject* param) const { return get(param, grad, grad_name); }
 
     bool is_negated(PyObject* object) const {
-        PyObject* const value = PyObject_CallOneArg(is_neg, object);
+        const PyMethodDef* const def = reinterpret_cast<PyMethodDescrObject*>(is_neg)->d_method;
+        const bool direct = Py_TYPE(is_neg) == &PyMethodDescr_Type && def->ml_flags == METH_NOARGS;
+        PyObject* const value = direct ? def->ml_meth(object, nullptr) : PyObject_CallOneArg(is_neg, object);
         if (!value) throw py::error_already_set();
         Py_DECREF(value);
         return value == Py_True;
@@ -126,30 +128,28 @@ Watch::Watch(const py::list& groups, const py::dict& state) {
     if (size_t(std::count_if(state_.begin(), state_.end(), known)) != rows_.size())
         throw std::runtime_error("the state is not keyed by the parameters");
     gradients_.resize(rows_.size());
+    size_t written = 0;
+    for (const Row& row : rows_)
+        for (int i = 0; i < 6; ++i) written += i != 1 && row.of[i].type;
+    written_ = py::list(written);
+    for (size_t i = 0; i < written; ++i) written_[i] = py::none();
 }
 
 void Watch::add_row(PyObject* param, PyObject* entry, bool amsgrad) {
     const py::object gradient = torch().gradient(param);
-    // looked at once: autograd stores no gradient that is a negative view
-    if (torch().is_negated(gradient.ptr())) throw std::runtime_error("a gradient's sign is kept elsewhere");
-    Row row = {{meta(param), meta(gradient.ptr())}, nullptr};
-    for (int i = 0; i < 3; ++i) {
+    Row row = {{meta(param), meta(gradient.ptr())}};
+    for (int i = 0; i < 4; ++i) {
         if (i == 2 && !amsgrad) continue;
         PyObject* const value = item(entry, i);
         if (!value) throw std::runtime_error("a parameter has no state");
         row.of[2 + i] = meta(value);
     }
-    row.step = item(entry, 3);
-    if (!row.step) throw std::runtime_error("a parameter has no step");
-    // on one device all are views of one tensor, and share its version
-    const dlpack::Device device = row.of[0].device;
-    if (rows_.empty() || rows_.back().of[0].device.device_type != device.device_type ||
-        rows_.back().of[0].device.device_id != device.device_id)
-        steps_.append(py::handle(row.step));
     rows_.push_back(row);
 }
 
 Meta Watch::meta(PyObject* tensor) {
+    // its memory holds the opposite numbers
+    if (torch().is_negated(tensor)) throw std::runtime_error("a tensor is a negative view");
     const dlpack::Tensor t = describe(tensor);
     Meta seen = {t.data, Py_TYPE(tensor), t.device, t.dtype, 1, uint32_t(extents_.size()), 0};
     for (int32_t i = 0; i < t.ndim; ++i) {
@@ -173,8 +173,11 @@ bool Watch::as_before(PyObject* tensor, const Meta& before, void** moved_to) con
            same_extents(t, extents_.data() + before.begin);
 }
 
-bool Watch::same(const py::list& groups, const py::dict& state) try {
+bool Watch::same(const py::object& param_groups, const py::object& its_state) try {
     release();
+    if (!PyList_Check(param_groups.ptr()) || !PyDict_Check(its_state.ptr())) return false;
+    const auto groups = py::reinterpret_borrow<py::list>(param_groups);
+    const auto state = py::reinterpret_borrow<py::dict>(its_state);
     if (groups.size() != params_.size() || state.size() != state_.size()) return false;
     for (size_t i = 0; i < params_.size(); ++i) {
         PyObject* const group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i));
@@ -193,10 +196,11 @@ bool Watch::same(const py::list& groups, const py::dict& state) try {
             const Row& row = rows_[size_t(param.row)];
             PyObject* const g = gradient.ptr();
             void* moved_to;
-            if (!as_before(p, row.of[0]) || !as_before(g, row.of[1], &moved_to)) return false;
+            if (!as_before(p, row.of[0]) || !as_before(g, row.of[1], &moved_to) || torch().is_negated(g))
+                return false;
             gradients_[size_t(param.row)] = uintptr_t(moved_to);
             gradients_alive_.push_back(std::move(gradient));
-            written_.append(py::handle(p));
+            write(p);
         }
     }
     size_t at = 0;
@@ -205,19 +209,23 @@ bool Watch::same(const py::list& groups, const py::dict& state) try {
         if (key != state_[at].first) return false;
         if (state_[at].second < 0) continue;
         const Row& row = rows_[size_t(state_[at].second)];
-        for (int i = 0; i < 3; ++i) {
+        for (int i = 0; i < 4; ++i) {
             if (!row.of[2 + i].type) continue;
             PyObject* const value = item(entry, i);
             if (!as_before(value, row.of[2 + i])) return false;
-            written_.append(py::handle(value));
+            write(value);
         }
-        if (item(entry, 3) != row.step) return false;
     }
-    for (const py::handle step : steps_) written_.append(step);
     return true;
-} catch (py::error_already_set&) {
-    // whoever packs anew says what is wrong
+} catch (py::error_already_set& error) {
+    // whoever packs anew says what is wrong; an interrupt is not for them
+    if (!error.matches(PyExc_Exception)) throw;
     return false;
+}
+
+void Watch::write(PyObject* tensor) {
+    Py_INCREF(tensor);
+    PyList_SetItem(written_.ptr(), filled_++, tensor);
 }
 
 void Watch::increment_versions() const {
@@ -227,7 +235,10 @@ void Watch::increment_versions() const {
 }
 
 void Watch::release() {
-    PyList_SetSlice(written_.ptr(), 0, PyList_GET_SIZE(written_.ptr()), nullptr);
+    while (filled_ > 0) {
+        Py_INCREF(Py_None);
+        PyList_SetItem(written_.ptr(), --filled_, Py_None);
+    }
     gradients_alive_.clear();
 }
 

@@ -4,7 +4,7 @@
 // 0.5 us per tensor, 0.22 ms for 448, and with telling autograd 0.34 ms for the whole step but its arithmetic
 // (Xeon, idle, 2026-11-22). Every kernel is given addresses, and any tensor may have been moved, replaced or
 // given another gradient since the last step (`p.data = x`, zero_grad, a loaded or offloaded state): torch is
-// asked for its description of four tensors per parameter, 0.1 us each, and for two attributes. The same
+// asked for its description of five tensors per parameter, 0.1 us each, and for three attributes. The same
 // questions from Python take some fifteen calls per tensor.
 #pragma once
 
@@ -33,12 +33,14 @@ class Watch {
     Watch(const pybind11::list& groups, const pybind11::dict& state);
 
     // whether all is as it was, but for the values and the addresses of gradients, which are noted
-    bool same(const pybind11::list& groups, const pybind11::dict& state);
+    bool same(const pybind11::object& groups, const pybind11::object& state);
 
     // tells autograd that the step writes to its tensors: a backward through older values then raises
     void increment_versions() const;
     // lets go of the tensors, which are kept alive from same on
     void release();
+    // the same, for the caller to let go of
+    std::vector<pybind11::object> take_gradients() { return std::move(gradients_alive_); }
 
     const std::vector<uintptr_t>& gradients() const { return gradients_; }
 
@@ -49,14 +51,15 @@ class Watch {
         bool trainable;
         int64_t row;  // -1 without a gradient
     };
+    // parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, step
     struct Row {
-        Meta of[5];      // parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq
-        PyObject* step;  // kept alive by the plan
+        Meta of[6];
     };
 
     Meta meta(PyObject* tensor);
     bool as_before(PyObject* tensor, const Meta& before, void** moved_to = nullptr) const;
     void add_row(PyObject* param, PyObject* entry, bool amsgrad);
+    void write(PyObject* tensor);
 
     std::vector<std::vector<Param>> params_;
     std::vector<Row> rows_;
@@ -64,7 +67,8 @@ class Watch {
     std::vector<int64_t> extents_;                      // shapes and strides
     std::vector<uintptr_t> gradients_;
     std::vector<pybind11::object> gradients_alive_;
-    pybind11::list written_, steps_;
+    pybind11::list written_;  // as long as there are tensors to write, from the start
+    Py_ssize_t filled_ = 0;
 };
 
 }  // namespace fusedlr

@@ -82,7 +82,7 @@ class _Kernel:
         tops = tops if any(tops) else []
         self._tensors = compiled.cpu.Tensors(params, moments, sizes, p, m, v, tops, steps)
         self._loops = compiled.cpu.kernel(isa())
-        self._groups: tuple[GroupStep, ...] = ()
+        self._groups: tuple[GroupStep, ...] | None = None
         self._counters: Counters | None = None
 
     def step_(
@@ -94,7 +94,8 @@ class _Kernel:
             self._table = compiled.cpu.CounterTable(
                 counters.counts.data_ptr(), counters.used.data_ptr(), counters.k.numel()
             )
-        if len(groups) != len(self._groups) or not all(map(is_, groups, self._groups)):
+        before = self._groups
+        if before is None or len(groups) != len(before) or not all(map(is_, groups, before)):
             self._compile(groups)
         scale, inf = signals.grad_scale, signals.found_inf
         return self._tensors.step(
@@ -117,7 +118,7 @@ class _Kernel:
     def _compile(self, groups: Sequence[GroupStep]) -> None:
         # a tensor may change in place, so what was made of it is not kept
         kept = not any(isinstance(group.lr, Tensor) for group in groups)
-        self._groups = tuple(groups) if kept else ()
+        self._groups = tuple(groups) if kept else None
         self._compiled = list(map(_compiled_group, groups))
         self._counts = [len(group.rows) for group in groups]
 

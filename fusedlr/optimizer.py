@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import is_
+from types import NoneType
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ class _Prepared:
     given: list[int]  # groups whose rate is read anew for every step
     again: bool
     repeat: Any = None  # the backend's own way to do so, in one call
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    """Whether no hyperparameter can be changed in place, as a list or a tensor can: nothing would note it."""
+    values = (group["eps"], group["weight_decay"], group.get("max_grad_norm", 0.0), *group["betas"])
+    return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType) for x in values)
 
 
 class FusedAdamW(Optimizer):
@@ -270,6 +277,8 @@ class FusedAdamW(Optimizer):
     def _holds(self, prepared: _Prepared) -> bool:
         """Whether what was prepared for an earlier step is right for this one."""
         groups, notes = self.param_groups, self._notes
+        if len(groups) != len(self._mirror.k):
+            return False
         if notes.changed or not prepared.again or (prepared.scheduled and notes.writes):
             return False
         if len(groups) != len(prepared.groups) or not all(map(is_, groups, prepared.groups)):
@@ -302,8 +311,7 @@ class FusedAdamW(Optimizer):
         steps = [replace(step, rows=some) for step, some in zip(steps, rows, strict=True)]
         scheduled = [group.get("schedule") is not None for group in groups]
         over = [a and b for a, b in zip(written, scheduled, strict=True)]
-        # a list of betas may be changed in place, which nothing would note
-        plain = all(type(group["betas"]) is tuple for group in groups)
+        plain = all(map(_is_plain, groups))
         prepared = _Prepared(
             backend=backend,
             groups=groups,
@@ -580,12 +588,15 @@ class FusedAdamW(Optimizer):
         if device != self._counters.k.device:
             old, k = self._counters, self._read_k()
             self._counters = Counters.zeros(len(k), device)
+            self._prepared = None
             self._counters.counts[1:] = old.counts[1:].to(device)
             self._place_k(k)
 
     def _resize_counters(self, groups: int) -> None:
         old, device = self._counters, self._counters.k.device
         self._counters = Counters.zeros(groups, device)
+        # what it would repeat counts in the old ones
+        self._prepared = None
         kept = min(groups, old.k.numel())
         self._counters.counts[1:, :kept] = old.counts[1:, :kept]
         self._counters.used[:, :kept] = old.used[:, :kept]

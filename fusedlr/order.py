@@ -14,15 +14,15 @@ def in_order(row: Row) -> Row:
     updated = [row.param, row.exp_avg, row.exp_avg_sq]
     if row.max_exp_avg_sq is not None:
         updated.append(row.max_exp_avg_sq)
-    if not row.grad.is_neg():
-        tensors = [row.grad, *updated]
+    tensors = [row.grad, *updated]
+    # the memory of a negative view holds the opposite numbers
+    if not any(map(Tensor.is_neg, tensors)):
         if all(map(Tensor.is_contiguous, tensors)):
             return row
         if len({x.stride() for x in tensors}) == 1 and _dense(row.param):
             return row
-    grad = row.grad.resolve_neg().contiguous()
     # the moments' copies may be of the parameter's layout, but this happens once in a while at most
-    p, m, v, *top = (x.detach().contiguous() for x in updated)
+    grad, p, m, v, *top = (x.detach().resolve_neg().contiguous() for x in tensors)
     return Row(p, grad, m, v, top[0] if top else None, row.step)
 
 

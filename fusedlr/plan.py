@@ -73,8 +73,9 @@ class Plan:
 
     def __init__(self, state_dtype: str | None) -> None:
         self._state_dtype = state_dtype
-        # parameter -> its view into the counters of its device
+        # parameter -> its view into the counters of its device, and where that was made
         self._steps: dict[Tensor, Tensor] = {}
+        self._places: dict[Tensor, int] = {}
         self._pack: Pack | None = None
 
     def still_holds(self, groups: list[dict[str, Any]], state: State) -> bool:
@@ -140,10 +141,11 @@ class Plan:
     def _place_counters(self, groups: list[dict[str, Any]], state: State, found: list[list[Tensor]]) -> None:
         """Let every `state[p]["step"]` be a view into one tensor per device."""
         params = [p for some in found for p in some]
-        moved = any(p not in self._steps or self._steps[p].device != p.device for p in params)
+        moved = not all(map(self._has_place, params))
         # parameters that are gone must not be kept alive here
         if moved or len(self._steps) != sum(1 for _ in trainable(groups)):
             self._steps = _views(list(trainable(groups)))
+            self._places = {p: view.data_ptr() for p, view in self._steps.items()}
             # every view is new now, also of parameters without a gradient in this step
             params = [p for p in self._steps if state.get(p)]
         for p in params:
@@ -156,6 +158,13 @@ class Plan:
             else:
                 _copy_step(view, current)
             entry["step"] = view
+
+    def _has_place(self, p: Tensor) -> bool:
+        """Whether the view of `p` is still the element of the counters that it was made as."""
+        view = self._steps.get(p)
+        if view is None or view.device != p.device:
+            return False
+        return view.data_ptr() == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
 
 
 def _views(params: list[Tensor]) -> dict[Tensor, Tensor]:
@@ -181,7 +190,7 @@ def _watch(groups: list[dict[str, Any]], state: State) -> Any:
         return None
     try:
         watch = compiled.cpu.Watch(groups, state)
-    except (BufferError, RuntimeError):
+    except (BufferError, RuntimeError, TypeError):
         # tensors without memory of their own, as of some subclasses
         return None
     # notes where the gradients are
@@ -214,6 +223,10 @@ def _misfit(p: Tensor, grad: Tensor | None, normed: bool) -> str | None:
         return f"a parameter of dtype {p.dtype} cannot be optimized"
     if p.device.type == "meta":
         return "a parameter on the meta device has no numbers to update"
+    for x, what in ((p, "the parameter"), (grad, "its gradient")):
+        # as FSDP and others leave what they have given back
+        if type(x) in (Tensor, torch.nn.Parameter) and x.numel() and not x.data_ptr():
+            return f"the memory of {what} has been freed"
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         return f"a parameter whose elements share memory, stride {p.stride()}, cannot be updated in place"
     return None
@@ -221,10 +234,12 @@ def _misfit(p: Tensor, grad: Tensor | None, normed: bool) -> str | None:
 
 def _state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     """Why this state does not belong to this parameter."""
+    if entry is not None and not isinstance(entry, dict):
+        return f"its state is a {type(entry).__name__}, expected a dict"
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        value = entry.get(key) if entry else None
-        if value is None:
+        if not entry or key not in entry:
             continue
+        value = entry[key]
         if not isinstance(value, Tensor):
             return f"its {key} is a {type(value).__name__}, expected a tensor"
         if value.shape != p.shape:

@@ -66,8 +66,7 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
     std::vector<double> lr(3), norm(3), coef(3);
     const Counters counters = {k.data(), skipped.data(), in_row.data(), lr.data(), norm.data(), coef.data()};
     for (int i = 0; i < kSteps; ++i) {
-        tensors.place_gradients(columns[1]);
-        tensors.step(kernel, {&first, &none, &last}, {5, 0, int64_t(n) - 5}, counters,
+        tensors.step(columns[1], kernel, {&first, &none, &last}, {5, 0, int64_t(n) - 5}, counters,
                      {i % 2 == 0, 4.0, i == 3}, joint, threads);
     }
     if (k[0] != kSteps - 1 || k[1] != 0 || lr[0] != 0.1) std::abort();

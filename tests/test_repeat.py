@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 from collections.abc import Callable
@@ -139,6 +140,57 @@ def step_replaced_by_a_number(o: Optimizer) -> None:
 
 
 @change
+def step_moved(o: Optimizer) -> None:
+    entry(o)["step"].data = torch.tensor(3.0)
+
+
+@change
+def step_swapped(o: Optimizer) -> None:
+    torch.utils.swap_tensors(entry(o)["step"], torch.tensor(100.0))
+
+
+@change
+def gradient_negative_view(o: Optimizer) -> None:
+    for p in params_of(o):
+        p.grad = torch._neg_view(p.grad)
+
+
+@change
+def parameter_negative_view(o: Optimizer) -> None:
+    p = params_of(o)[0]
+    p.data = torch._neg_view(p.data.clone())
+
+
+@change
+def group_added_and_removed(o: Optimizer) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    o.add_param_group({"params": [p]})
+    o.param_groups.pop()
+
+
+@change
+def group_away_for_a_look(o: Optimizer) -> None:
+    group = o.param_groups.pop()
+    o.scheduler.step()
+    o.param_groups.append(group)
+    o.scheduler.step()
+
+
+@change
+def idle_group(o: Optimizer) -> None:
+    for p in o.param_groups[1]["params"]:
+        p.grad = None
+
+
+@change
+def groups_of_another_kind(o: Optimizer) -> None:
+    for p in o.param_groups[1]["params"]:
+        p.grad = None
+    o.step()
+    o.param_groups = [dict(group) for group in o.param_groups]
+
+
+@change
 def state_of_one_deleted(o: Optimizer) -> None:
     del o.state[params_of(o)[1]]
 
@@ -238,12 +290,14 @@ def not_finite(o: Optimizer) -> None:
     params_of(o)[0].grad[0, 0] = math.nan
 
 
-def run(backend: str, name: str, **options: Any) -> Optimizer:
+def run(backend: str, name: str, *, anew: bool, **options: Any) -> Optimizer:
     optimizer = make(backend, **options)
     for k in range(8):
         set_grads(optimizer, k)
         if k == 4:
             CHANGES[name](optimizer)
+        if anew:
+            optimizer._prepared = None
         optimizer.step()
         for signal in ("grad_scale", "found_inf"):
             optimizer.__dict__.pop(signal, None)
@@ -254,7 +308,8 @@ def run(backend: str, name: str, **options: Any) -> Optimizer:
 @pytest.mark.parametrize("groups", ("joint", "independent"))
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_between_steps_is_seen(name: str, groups: str) -> None:
-    ours, theirs = (run(backend, name, groups=groups) for backend in ("cpu", "reference"))
+    ours = run("cpu", name, anew=False, groups=groups)
+    theirs = run("reference", name, anew=True, groups=groups)
     for a, b in zip(params_of(ours), params_of(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         assert (ours.state.get(a) is None) == (theirs.state.get(b) is None)
@@ -300,6 +355,69 @@ def test_the_rate_shown_is_the_definition_s() -> None:
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == SCHEDULE.lr_at(k, 0.1)
         assert not optimizer._notes.writes
+
+
+@pytest.mark.parametrize("name", ("eps", "weight_decay", "betas"))
+def test_a_hyperparameter_changed_in_place_is_read_again(name: str) -> None:
+    value = torch.tensor(0.5)
+    given = (value, 0.9) if name == "betas" else value
+    optimizer, twin = (make(backend) for backend in ("cpu", "reference"))
+    for o in (optimizer, twin):
+        o.param_groups[0][name] = given
+    for k in range(5):
+        if k == 3:
+            value.fill_(0.25)
+        for o in (optimizer, twin):
+            set_grads(o, k)
+            o._prepared = None if o is twin else o._prepared
+            o.step()
+    for a, b in zip(params_of(optimizer), params_of(twin), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_negative_gradient_that_autograd_leaves_is_seen() -> None:
+    start = torch.tensor(1.5)
+    params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = fusedlr.FusedAdamW(params[:1], lr=0.1, backend="cpu"), torch.optim.AdamW(params[1:], lr=0.1)
+    for k in range(5):
+        for p, o in zip(params, optimizers, strict=True):
+            o.zero_grad()
+            z = torch.complex(torch.zeros_like(p), p).conj()
+            (p.square() if k < 3 else (z * (1 + 2j)).abs()).backward()
+            o.step()
+    torch.testing.assert_close(*params)
+
+
+def test_a_cycle_through_a_parameter_is_collected() -> None:
+    optimizer = make("cpu")
+    for k in range(3):
+        set_grads(optimizer, k)
+        optimizer.step()
+    params_of(optimizer)[0].owner = optimizer  # type: ignore[attr-defined]
+    optimizer.param_groups[0]["owner"] = optimizer
+    held = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert held() is None
+
+
+def test_memory_that_has_been_freed_is_refused() -> None:
+    optimizer = make("cpu")
+    for k in range(3):
+        set_grads(optimizer, k)
+        optimizer.step()
+    params_of(optimizer)[0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of the parameter has been freed"):
+        optimizer.step()
+
+
+def test_a_step_without_groups_does_nothing() -> None:
+    optimizer = make("cpu")
+    for k in range(3):
+        set_grads(optimizer, k)
+        optimizer.step()
+    optimizer.param_groups.clear()
+    optimizer.step()
 
 
 def test_no_operator_is_called_and_nothing_allocated() -> None:
