@@ -31,6 +31,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 hf = pytest.importorskip("fusedlr.hf")
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STEPS, WARMUP, CLIP = 12, 3, 0.25
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
