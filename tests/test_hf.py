@@ -112,12 +112,12 @@ _stock: dict[str, Outcome] = {}
 def run(folder: Path, kind: str, resume: Any = None, **options: Any) -> Outcome:
     # the same stock run is compared with by many
     key = repr((kind, sorted(options.items())))
-    if key in _stock:
+    if resume is None and key in _stock:
         return _stock[key]
     trainer = make(folder, kind, **options)
     trainer.train(resume_from_checkpoint=resume)
     result = outcome(trainer)
-    if kind != OURS and not {"save_strategy", "model", "trainer"} & options.keys():
+    if kind != OURS and resume is None and not {"save_strategy", "model", "trainer"} & options.keys():
         _stock[key] = result
     return result
 
