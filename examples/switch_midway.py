@@ -57,4 +57,4 @@ with tempfile.TemporaryDirectory() as folder:
 
 difference = (weights - stock_weights).abs().mean().item()
 print(f"mean difference of a weight from the run that stayed: {difference:.1e}")
-print(f"largest difference of a logged rate: {max(abs(a - b) for a, b in zip(rates, stock_rates)):.1e}")
+print(f"the same {len(rates)} rates in the logs: {torch.allclose(*map(torch.tensor, (rates, stock_rates)))}")

@@ -1,7 +1,7 @@
 """Hugging Face Trainer: optimizer and schedule from `TrainingArguments`, clipping inside the step.
 
-Needs transformers (`pip install 'fusedlr[hf]'`). One line in a script: `FusedLRTrainer` for `Trainer`; a class of
-your own with `FusedLRTrainerMixin` for trl and others; `patch_transformers()` where no line of Python is yours.
+Needs transformers (`pip install 'fusedlr[hf]'`). One line in a script: `FusedLRTrainer` for `Trainer`; a class
+of your own with `FusedLRTrainerMixin` for trl and others; `patch_transformers()` where no Python is yours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from fusedlr.convert import from_hf, knows_hf
@@ -27,17 +26,20 @@ CLIP_HOOK_SINCE = "5.3.0"
 # share of the schedule that may be missed in silence: a cosine's last 5 % lie below 0.62 % of the peak
 _FAR = 0.05
 
-# for the type checker alone: the mixin stands before a Trainer
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    # the mixin stands before a Trainer
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class FusedLRTrainerMixin(_Base):
     """Put it before a Trainer class: `class MyTrainer(FusedLRTrainerMixin, SFTTrainer): ...`.
 
     Where the arguments ask for AdamW the optimizer is `FusedAdamW`, with the Trainer's own param groups, and
-    where its schedule depends on the step alone it drives itself. It clips inside its step, the norm is logged
-    as before, and `FusedLRCallback` is at work. An optimizer passed to the Trainer is used as it is; if it is
-    a `FusedAdamW` without a schedule it gets the one of the arguments. Sharded training (FSDP, DeepSpeed) is
+    where its schedule depends on the step alone it drives itself. It clips inside its step, the norm is
+    logged as before, and `FusedLRCallback` is at work. An optimizer passed to the Trainer is used as it is; a
+    `FusedAdamW` without a schedule gets the one of the arguments. Sharded training (FSDP, DeepSpeed) is
     clipped by the Trainer.
 
     Raises:
@@ -50,8 +52,8 @@ class FusedLRTrainerMixin(_Base):
         stock = super().get_optimizer_cls_and_kwargs(args, model)
         if not _is_adamw(stock[0]):
             raise ValueError(
-                f"optim={getattr(args.optim, 'value', args.optim)!r} is not torch's AdamW, which fusedlr replaces: "
-                "use optim='adamw_torch_fused', or the Trainer without fusedlr"
+                f"optim={getattr(args.optim, 'value', args.optim)!r} is not torch's AdamW, which fusedlr "
+                "replaces: use optim='adamw_torch_fused', or the Trainer without fusedlr"
             )
         return _replaced(*stock)
 
@@ -80,7 +82,9 @@ class FusedLRCallback(TrainerCallback):
 
     _told = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Compare the schedule's length with the run's."""
         self._told = False
         self._compare(optimizer, state.max_steps, "training will end after")
@@ -114,8 +118,9 @@ class FusedLRCallback(TrainerCallback):
         self._told = True
         last, end = schedule.lr_at(updates - 1), schedule.lr_at(total - 1)
         warn(
-            f"{event} {updates} updates, but the schedule is {schedule!r}: the last rate is {last:.1%} of the "
-            f"peak where the schedule's last is {end:.1%}. total_steps counts updates that are made, not batches"
+            f"{event} {updates} updates, but the schedule is {schedule!r}: the last rate is {last:.1%} of "
+            f"the peak where the schedule's last is {end:.1%}. total_steps counts updates that are made, not "
+            "batches"
         )
 
 
@@ -143,7 +148,8 @@ class Patch:
         changed = [name for name, ours in self._ours.items() if Trainer.__dict__[name] is not ours]
         if changed:
             raise RuntimeError(
-                f"Trainer.{', Trainer.'.join(changed)} was patched again after patch_transformers(): undo that first"
+                f"Trainer.{', Trainer.'.join(changed)} was patched again after patch_transformers(): "
+                "undo that first"
             )
         for name, before in self._before.items():
             setattr(Trainer, name, before)

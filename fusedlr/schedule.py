@@ -267,7 +267,9 @@ class Schedule:
         cosine(warmup_steps=10, total_steps=200)
         """
         if self.call is None:
-            raise ValueError(f"there is no rule by which {self!r} gets total_steps={total_steps}: build it anew")
+            raise ValueError(
+                f"there is no rule by which {self!r} gets total_steps={total_steps}: build it anew"
+            )
         build = globals()[self.call.constructor]
         if "total_steps" not in inspect.signature(build).parameters:
             return self

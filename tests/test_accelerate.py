@@ -1,4 +1,4 @@
-"""Raw accelerate loops: accumulation, several processes, checkpoints, loss scaling; against stock in the same loop."""
+"""Loops on accelerate: accumulation, several processes, checkpoints, loss scaling; against stock in the same."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from trainers import LR, Outcome, assert_as_stock, assert_rates, examples, lora_model, stock_adamw, stock_scheduler
-from trainers import trainable, weights_of
+from trainers import (
+    LR,
+    Outcome,
+    assert_as_stock,
+    assert_rates,
+    examples,
+    lora_model,
+    stock_adamw,
+    stock_scheduler,
+    trainable,
+    weights_of,
+)
 
 import fusedlr
 

@@ -75,9 +75,7 @@ def finetune(cls: Any, folder: Path, warmup: int = WARMUP, resume: Any = None, *
     transformers.set_seed(0)
     trainer.train(resume_from_checkpoint=resume)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    rates, losses, norms = (
-        [entry[key] for entry in logs] for key in ("learning_rate", "loss", "grad_norm")
-    )
+    rates, losses, norms = ([entry[key] for entry in logs] for key in ("learning_rate", "loss", "grad_norm"))
     return Outcome(weights_of(model), rates, losses, norms)
 
 

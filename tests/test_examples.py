@@ -21,7 +21,13 @@ for package in ("transformers", "peft", "accelerate"):
 pytestmark = pytest.mark.usefixtures("quick")
 
 NEEDS = {"sft_trainer": "trl", "lightning_trainer": "lightning"}
-UPDATES = {"plain_loop": 24, "hf_trainer": 24, "sft_trainer": 24, "lightning_trainer": 24, "accelerate_loop": 12}
+UPDATES = {
+    "plain_loop": 24,
+    "hf_trainer": 24,
+    "sft_trainer": 24,
+    "lightning_trainer": 24,
+    "accelerate_loop": 12,
+}
 
 
 @pytest.fixture

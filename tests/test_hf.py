@@ -79,7 +79,9 @@ def arguments(folder: Path, kind: str = OURS, **options: Any) -> Any:
     return transformers.TrainingArguments(**{**defaults, "warmup_steps": warmup, **options})
 
 
-def make(folder: Path, kind: str, model: Any = None, cls: Any = None, trainer: Any = None, **options: Any) -> Any:
+def make(
+    folder: Path, kind: str, model: Any = None, cls: Any = None, trainer: Any = None, **options: Any
+) -> Any:
     """A Trainer of the kind: ours, or stock on one of torch's kernels."""
     model = model if model is not None else lora_model()
     settings: dict[str, Any] = dict(trainer or {})
@@ -102,7 +104,8 @@ def outcome(trainer: Any) -> Outcome:
         weights_of(trainer.model),
         rates=[entry["learning_rate"] for entry in logs],
         losses=[entry["loss"] for entry in logs],
-        norms=[entry["grad_norm"] for entry in logs],
+        # which older versions log only where they clip
+        norms=[entry["grad_norm"] for entry in logs if "grad_norm" in entry],
     )
 
 
@@ -160,7 +163,8 @@ def test_accumulation_epochs_and_evaluation_in_between(tmp_path):
         trainer.train()
         # 24 micro-batches are 4 full updates and a short one
         assert trainer.state.global_step == 15
-        assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 4
+        # newer versions also evaluate at the end
+        assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) in (3, 4)
         return outcome(trainer)
 
     assert_as_stock(train)
@@ -175,7 +179,7 @@ def test_the_arguments_reach_the_optimizer_in_the_trainers_own_groups(tmp_path):
         trainer.train()
     fused = hf.unwrap(ours.optimizer)
     assert type(fused) is fusedlr.FusedAdamW
-    assert fused.max_grad_norm == CLIP
+    assert fused.max_grad_norm == (CLIP if hasattr(transformers.Trainer, hf.CLIP_HOOK) else None)
     for mine, theirs in zip(fused.param_groups, stock.optimizer.param_groups, strict=True):
         assert [p.shape for p in mine["params"]] == [p.shape for p in theirs["params"]]
         for key in ("betas", "eps", "weight_decay", "initial_lr"):
@@ -287,7 +291,9 @@ def test_patched_transformers_and_back(tmp_path):
             trainer = make(tmp_path, kind, cls=FromYaml)
             trainer.train()
         assert type(hf.unwrap(trainer.optimizer)) is fusedlr.FusedAdamW
-        assert any(isinstance(callback, hf.FusedLRCallback) for callback in trainer.callback_handler.callbacks)
+        assert any(
+            isinstance(callback, hf.FusedLRCallback) for callback in trainer.callback_handler.callbacks
+        )
         return outcome(trainer)
 
     before = dict(vars(transformers.Trainer))
@@ -483,7 +489,9 @@ def spoil(trainer: Any, updates: set[int]) -> None:
     """Make the gradients of these updates infinite."""
 
     class Spoil(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
+        ) -> None:
             if state.global_step in updates:
                 trainable(model)[0].grad.view(-1)[0] = torch.inf
 
@@ -529,8 +537,9 @@ def test_a_schedule_of_another_length_than_the_run_is_said_once(tmp_path):
         with_schedule(tmp_path, total=96).train()
     said = [str(w.message) for w in caught if "the schedule is" in str(w.message)]
     assert said == [
-        "training will end after 12 updates, but the schedule is linear(total_steps=96): the last rate is 88.5% "
-        "of the peak where the schedule's last is 1.0%. total_steps counts updates that are made, not batches"
+        "training will end after 12 updates, but the schedule is linear(total_steps=96): the last rate is "
+        "88.5% of the peak where the schedule's last is 1.0%. total_steps counts updates that are made, not "
+        "batches"
     ]
 
 

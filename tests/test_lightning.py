@@ -7,7 +7,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,9 +51,7 @@ class Module(lightning.LightningModule):
         assert self.trainer.max_epochs == 1 or self.trainer.estimated_stepping_batches == STEPS
         if self.kind == OURS:
             schedule = fusedlr.cosine(warmup_steps=WARMUP, total_steps=total)
-            optimizer: Any = fusedlr.FusedAdamW(
-                trainable(self), lr=LR, schedule=schedule, max_grad_norm=CLIP
-            )
+            optimizer: Any = fusedlr.FusedAdamW(trainable(self), lr=LR, schedule=schedule, max_grad_norm=CLIP)
             scheduler: Any = optimizer.scheduler
         else:
             optimizer = stock_adamw(trainable(self), self.kind)

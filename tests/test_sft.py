@@ -38,7 +38,9 @@ def tokenizer() -> Any:
 def texts() -> Any:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, len(WORDS), (96, 6), generator=generator).tolist()
-    return datasets.Dataset.from_list([{"text": " ".join(f"{WORDS[i]} {WORDS[i]}" for i in row)} for row in rows])
+    return datasets.Dataset.from_list(
+        [{"text": " ".join(f"{WORDS[i]} {WORDS[i]}" for i in row)} for row in rows]
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Moving house: a run begun with AdamW and LambdaLR goes on under fusedlr, and back; and a longer schedule."""
+"""A run begun with AdamW and LambdaLR goes on under fusedlr, and back; and a schedule is made longer."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_a_stock_schedule_that_agrees_is_not_mentioned(tmp_path):
 def test_our_own_schedule_that_disagrees_is_reported_once(tmp_path):
     said = moved(tmp_path, fusedlr.cosine(warmup_steps=5, total_steps=60), ours=True)
     assert said == [
-        "the loaded schedule is not the one asked for: group 0: the checkpoint's run has 30 updates, this one "
-        "60; this optimizer's schedule is used"
+        "the loaded schedule is not the one asked for: group 0: the checkpoint's run has 30 updates, "
+        "this one 60; this optimizer's schedule is used"
     ]
 
 
@@ -243,7 +243,9 @@ def test_a_schedule_begun_anew_leaves_moments_and_their_counts():
     loop.train(0, 7)
     moments = [state["exp_avg"].clone() for state in loop.optimizer.state.values()]
     loop.optimizer.start_schedule(fusedlr.linear(total_steps=10))
-    assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, loop.optimizer.state.values(), strict=True))
+    assert all(
+        torch.equal(m, s["exp_avg"]) for m, s in zip(moments, loop.optimizer.state.values(), strict=True)
+    )
     assert_rates(loop.train(7, 10), [PEAK * (10 - k) / 10 for k in range(3)])
     assert {int(state["step"]) for state in loop.optimizer.state.values()} == {10}
     # and a checkpoint knows both counts

@@ -26,8 +26,8 @@ STOCK_DISTANCE_RATIO = 4.0
 # and a run with one more update of warm-up must be at least this many times as far as ours
 OFF_BY_ONE_RATIO = 1000.0
 
-# a logged rate against the stock run's, relative: two spellings of a schedule in fp64 agree to 1e-12 of the peak,
-# and the smallest rates compared are a thousandth of it
+# a logged rate against the stock run's, relative: two spellings of a schedule in fp64 agree to 1e-12 of the
+# peak, and the smallest rates compared are a thousandth of it
 LOGGED_RATE = 1e-9
 
 # --- schedules

@@ -1,4 +1,4 @@
-"""For the tests of trainers: a tiny LoRA model with data, stock optimizers, and the comparison all of them make.
+"""For the tests of trainers: a tiny LoRA model with data, stock optimizers, and the comparison they all make.
 
 "As stock" means three things of the same run: the rates are equal, the weights are about as far from torch's
 foreach step as torch's fused step is, and a run with one more update of warm-up is far away.
@@ -53,7 +53,9 @@ def lora_model(**options: Any) -> Any:
     peft = pytest.importorskip("peft")
     settings = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
     torch.manual_seed(0)
-    return peft.get_peft_model(tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", **{**settings, **options}))
+    return peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", **{**settings, **options})
+    )
 
 
 def examples(count: int) -> list[dict[str, Tensor]]:
@@ -100,7 +102,9 @@ def assert_rates(rates: Sequence[float], expected: Sequence[float]) -> None:
     assert list(rates) == pytest.approx(list(expected), rel=LOGGED_RATE, abs=0)
 
 
-def assert_as_stock(train: Callable[[str], Outcome], kinds: Sequence[str] = (OURS, FUSED, FOREACH, LATE)) -> None:
+def assert_as_stock(
+    train: Callable[[str], Outcome], kinds: Sequence[str] = (OURS, FUSED, FOREACH, LATE)
+) -> None:
     """Run every kind and compare."""
     runs = {kind: train(kind) for kind in kinds}
     ours, fused, foreach = (runs[kind] for kind in (OURS, FUSED, FOREACH))

@@ -1,4 +1,4 @@
-"""Accelerate loops in several processes, for test_accelerate.py: `python worker_accelerate.py PROCESSES OUTPUT`.
+"""Loops on accelerate, for test_accelerate.py: `python worker_accelerate.py PROCESSES OUTPUT PORT`.
 
 Imports once and forks, so that four processes cost little more than one. Saves what each kind of run leaves
 behind, after every process has compared its weights with the others'.
