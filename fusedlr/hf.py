@@ -1,7 +1,7 @@
 """Hugging Face Trainer: optimizer and schedule from `TrainingArguments`, clipping inside the step.
 
-Needs transformers (`pip install 'fusedlr[hf]'`). One line in a script: `FusedLRTrainer` for `Trainer`; a class
-of your own with `FusedLRTrainerMixin` for trl and others; `patch_transformers()` where no Python is yours.
+Needs transformers (`pip install 'fusedlr[hf]'`). One line in a script: `FusedLRTrainer` for `Trainer`; a
+class of your own with `FusedLRTrainerMixin` for trl and others; `patch_transformers()` for YAML-driven tools.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loops on accelerate: accumulation, several processes, checkpoints, loss scaling; against stock in the same."""
+"""Loops on accelerate: accumulation, several processes, checkpoints, loss scaling; against stock."""
 
 from __future__ import annotations
 

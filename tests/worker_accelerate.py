@@ -15,9 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
-import transformers
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from trainers import (
     FOREACH,
     FUSED,
@@ -41,6 +38,10 @@ STEPS, WARMUP, ACCUMULATION, BATCH, CLIP = 20, 4, 2, 2, 0.25
 
 def train(kind: str, processes: int) -> Outcome:
     """A loop as people write it: each process sees its share, `ACCUMULATION` batches make an update."""
+    # optional, and every file here is imported for its doctests
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     set_seed(0)
     model = lora_model()
@@ -87,7 +88,6 @@ def train(kind: str, processes: int) -> Outcome:
 
 def work(rank: int, processes: int, output: str) -> None:
     warnings.filterwarnings("error", message=".*(lr_scheduler.step|optimizer.step|was assigned to group)")
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1"
