@@ -46,6 +46,7 @@ def test_a_loop_with_accumulation():
     assert_as_stock(lambda kind: worker.train(kind, processes=1))
 
 
+@pytest.mark.slow
 def test_a_loop_with_accumulation_in_four_processes(tmp_path):
     """Weights equal in all processes, rates counted in updates: nothing is stepped four times."""
     if not torch.distributed.is_gloo_available():

@@ -88,6 +88,7 @@ def train(folder: Path, kind: str) -> Outcome:
     return finetune(transformers.Trainer, folder / kind, WARMUP + (kind == LATE), **options)
 
 
+@pytest.mark.slow
 def test_the_recipe_gives_what_stock_gives_and_resumes_without_a_trace(tmp_path):
     runs: dict[str, Outcome] = {}
 
