@@ -7,6 +7,7 @@ dtype, copies into the tensors that are there, and carries the schedule over.
 from __future__ import annotations
 
 import copy
+import math
 from itertools import chain, pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -199,6 +200,30 @@ def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> N
             lines.append(
                 f"group {i}: the peak is {peak:g} in the checkpoint and {mine['initial_lr']:g} here; "
                 "the checkpoint's is used"
+            )
+    if lines:
+        warn("the loaded schedule is not the one asked for: " + "; ".join(lines))
+
+
+def report_lambda_lr(optimizer: FusedAdamW, state_dict: dict[str, Any], epoch: int) -> None:
+    """Warn, in words, where the rate in a LambdaLR's state is not what this optimizer's schedule gives there.
+
+    A state of our own has `k`; its schedule is in the optimizer's file.
+    """
+    rates, peaks = state_dict.get("_last_lr"), state_dict.get("base_lrs")
+    if "lr_lambdas" not in state_dict or "k" in state_dict or not rates or not peaks:
+        return
+    lines = []
+    for i, (group, rate, peak) in enumerate(zip(optimizer.param_groups, rates, peaks, strict=False)):
+        schedule = group.get("schedule")
+        if schedule is None or not peak > 0:
+            continue
+        theirs, ours = float(rate) / float(peak), schedule.lr_at(epoch)
+        # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
+        if not math.isclose(theirs, ours, rel_tol=1e-9, abs_tol=1e-11):
+            lines.append(
+                f"group {i}: at k = {epoch} the checkpoint's scheduler gives {theirs:.4g} of the peak, this "
+                f"optimizer's schedule {ours:.4g}; this optimizer's is used"
             )
     if lines:
         warn("the loaded schedule is not the one asked for: " + "; ".join(lines))

@@ -112,6 +112,15 @@ def from_hf(
     return schedule if lr is None else schedule.resolve(lr)
 
 
+def knows_hf(name: str) -> bool:
+    """Whether `from_hf` has this schedule; not what follows a metric, nor what is newer than this package.
+
+    >>> knows_hf("cosine"), knows_hf("reduce_lr_on_plateau")
+    (True, False)
+    """
+    return getattr(name, "value", name) in _HF
+
+
 def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
     """Tabulate a fresh torch `LRScheduler` over `total_steps` updates. The scheduler itself is not stepped.
 

@@ -477,6 +477,79 @@ class FusedAdamW(Optimizer):
         group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
         group["k"] = group["k_at_step"] = 0
 
+    def start_schedule(self, schedule: Schedule) -> None:
+        """Begin `schedule` at its first update, in every group; moments and their step counts stay.
+
+        For trainers that learn the length of the run after they have built the optimizer. A group's peak is
+        its `initial_lr`, its `lr` where it has none.
+
+        Raises:
+            TypeError: `schedule` is not a `Schedule`.
+            ValueError: a group's lr is a tensor, or an absolute level is above the optimizer's `lr`.
+        """
+        # None, which is allowed where a schedule is optional, is no schedule here
+        checks.schedule(schedule if schedule is not None else "None")
+        self._adopt_groups()
+        peaks = [group.get("initial_lr", group["lr"]) for group in self.param_groups]
+        for peak in (*peaks, self.defaults["lr"]):
+            if isinstance(peak, Tensor):
+                raise ValueError(f"lr={peak!r} is a tensor, which a schedule cannot drive: pass a float")
+        resolved = schedule.resolve(self.defaults["lr"])
+        for group, peak in zip(self.param_groups, peaks, strict=True):
+            set_quietly(group, "schedule", resolved)
+            set_quietly(group, "initial_lr", float(peak))
+        self._settings["schedule"] = schedule
+        self._notes.changed = True
+        self._k_loaded = None
+        start = [0] * len(self.param_groups)
+        self._place_k(start)
+        self._show(start)
+        self._warn_absolute()
+
+    def extend_schedule(self, total_steps: int) -> None:
+        """Lengthen a running schedule on purpose: from here on as if it had been built with `total_steps`.
+
+        The step count stays, so a decay that had begun jumps back up to where the longer one stands. See
+        `Schedule.with_total_steps`. Groups without a schedule stay without.
+
+        Raises:
+            ValueError: no group has a schedule, one has no rule for more steps (a table), or it is longer
+                already. Nothing has been changed then.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = FusedAdamW([p], lr=0.1, schedule=fusedlr.linear(total_steps=10))
+        >>> optimizer.extend_schedule(total_steps=20)
+        >>> optimizer.param_groups[0]["schedule"]
+        linear(total_steps=20)
+        """
+        self._adopt_groups()
+        own = [group["schedule"] for group in self.param_groups if group.get("schedule") is not None]
+        if not own:
+            raise ValueError("no group has a schedule that could be extended")
+        now = max(schedule.total_steps or 0 for schedule in own)
+        if total_steps < now:
+            raise ValueError(f"total_steps={total_steps} is less than the schedule's {now}")
+        longer = iter([schedule.with_total_steps(total_steps) for schedule in own])
+        for group in self.param_groups:
+            if group.get("schedule") is not None:
+                set_quietly(group, "schedule", next(longer))
+        if self._settings["schedule"] is not None:
+            self._settings["schedule"] = self._settings["schedule"].with_total_steps(total_steps)
+        self._notes.changed = True
+        # a rate that was used stays on show; one to come is another now
+        if list(self._shown) == list(self._mirror.k):
+            self._show(self._shown)
+
+    def coming_grad_norm(self) -> Tensor:
+        """The gradient norm of the next step: a 0-dim view on the device, to be read after that step.
+
+        For trainers that ask for the norm before the step and log it afterwards. Waits for nothing; joint
+        groups only. nan while no step has needed a norm.
+        """
+        self._place_counters()
+        return self._counters.grad_norm[0]
+
     def _warn_absolute(self) -> None:
         """An absolute floor is relative to `lr`; where no group has that rate, it is not what was meant."""
         lr, schedule = self.defaults["lr"], self._settings["schedule"]

@@ -143,6 +143,15 @@ def evaluate(phases: Sequence[Phase], k: Any, table: Sequence[float] = (), xp: A
 
 
 @dataclass(frozen=True)
+class Call:
+    """The call of a constructor that built a schedule, to build it again for another run length."""
+
+    constructor: str
+    arguments: tuple[tuple[str, Any], ...]
+    peak: float | None = None  # what absolute levels were resolved against
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A learning rate schedule: phases in units of the peak, defined for every integer step.
 
@@ -154,12 +163,14 @@ class Schedule:
         total_steps: updates in the run, or None where the schedule has no end.
         table: values that phases of shape `table` index, ratios of the peak.
         label: how it was built, for `repr`.
+        call: how it was built, for `with_total_steps`; None for tables and what was read from a file.
     """
 
     phases: tuple[Phase, ...]
     total_steps: int | None = None
     table: tuple[float, ...] = ()
     label: str = field(default="", compare=False)
+    call: Call | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the phases can be evaluated at every step."""
@@ -235,7 +246,38 @@ class Schedule:
             return level.ratio(peak) if isinstance(level, Absolute) else level
 
         phases = tuple(replace(phase, from_=ratio(phase.from_), to=ratio(phase.to)) for phase in self.phases)
-        return replace(self, phases=phases, label=self.label and f"{self.label}.resolve({float(peak)!r})")
+        return replace(
+            self,
+            phases=phases,
+            label=self.label and f"{self.label}.resolve({float(peak)!r})",
+            call=self.call and replace(self.call, peak=peak),
+        )
+
+    def with_total_steps(self, total_steps: int) -> Schedule:
+        """The same schedule for a run of another length: its constructor called with this `total_steps`.
+
+        Warm-up given as a share is a share of the new length; the stable phase of `warmup_stable_decay`
+        takes what is added. A schedule that knows no end, `constant()`, is returned as it is.
+
+        Raises:
+            ValueError: it is a table or comes from a file, so there is no rule for more steps, or the number
+                is out of range.
+
+        >>> cosine(warmup_steps=10, total_steps=100).with_total_steps(200)
+        cosine(warmup_steps=10, total_steps=200)
+        """
+        if self.call is None:
+            raise ValueError(
+                f"there is no rule by which {self!r} gets total_steps={total_steps}: build it anew"
+            )
+        build = globals()[self.call.constructor]
+        if "total_steps" not in inspect.signature(build).parameters:
+            return self
+        arguments = {**dict(self.call.arguments), "total_steps": total_steps}
+        # given as well, it would leave no room for the new steps
+        arguments.pop("stable_steps", None)
+        schedule: Schedule = build(**arguments)
+        return schedule if self.call.peak is None else schedule.resolve(self.call.peak)
 
     def describe(self, peak: float | None = None) -> str:
         """What the first, the peak and the last update get, in words.
@@ -432,7 +474,7 @@ def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def _labelled(build: Callable[_P, Schedule]) -> Callable[_P, Schedule]:
-    """Label what a constructor builds with its call, as a user would write it: without defaults."""
+    """Note the call in what a constructor builds; its label is what a user would write: without defaults."""
     parameters = inspect.signature(build).parameters
 
     @functools.wraps(build)
@@ -445,7 +487,11 @@ def _labelled(build: Callable[_P, Schedule]) -> Callable[_P, Schedule]:
             for name, value in given.items()
             if value != parameters[name].default
         ]
-        return replace(schedule, label=f"{build.__name__}({', '.join(shown)})")
+        return replace(
+            schedule,
+            label=f"{build.__name__}({', '.join(shown)})",
+            call=Call(build.__name__, tuple(given.items())),
+        )
 
     return call
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from fusedlr.checkpoint import report_lambda_lr
 from fusedlr.eager import eager
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class ScheduleView(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from this view's state or from `LambdaLR`'s: its `last_epoch` becomes the next step.
 
-        It overrides what the optimizer's own checkpoint says, whichever is loaded first.
+        It overrides what the optimizer's own checkpoint says, whichever is loaded first. A rate of LambdaLR
+        that this schedule does not give at that step is reported.
 
         Raises:
             ValueError: there is no usable `last_epoch` in it.
@@ -107,6 +109,7 @@ class ScheduleView(LRScheduler):
             ) from None
         if min(steps) < 0:
             raise ValueError(f"last_epoch={min(steps)} in the scheduler's state is negative")
+        report_lambda_lr(self.optimizer, state_dict, epoch)
         self.optimizer._set_k(steps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

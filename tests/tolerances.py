@@ -26,6 +26,10 @@ STOCK_DISTANCE_RATIO = 4.0
 # and a run with one more update of warm-up must be at least this many times as far as ours
 OFF_BY_ONE_RATIO = 1000.0
 
+# a logged rate against the stock run's, relative: two spellings of a schedule in fp64 agree to 1e-12 of the
+# peak, and the smallest rates compared are a thousandth of it
+LOGGED_RATE = 1e-9
+
 # --- schedules
 
 # the fp64 definition against transformers, relative to the peak: the contract's bound. Both round about 10

@@ -1,0 +1,311 @@
+"""Hugging Face Trainer: optimizer and schedule from `TrainingArguments`, clipping inside the step.
+
+Needs transformers (`pip install 'fusedlr[hf]'`). One line in a script: `FusedLRTrainer` for `Trainer`; a
+class of your own with `FusedLRTrainerMixin` for trl and others; `patch_transformers()` for YAML-driven tools.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import Trainer, TrainerCallback
+
+from fusedlr.convert import from_hf, knows_hf
+from fusedlr.optimizer import FusedAdamW
+from fusedlr.schedule import Schedule
+from fusedlr.warn import warn
+
+# oldest and newest transformers that the tests of this module have passed with
+TESTED = ("5.0.0", "5.23.0")
+# oldest with the private hook by which the Trainer leaves clipping to somebody else
+CLIP_HOOK = "_clip_grad_norm"
+CLIP_HOOK_SINCE = "5.3.0"
+# share of the schedule that may be missed in silence: a cosine's last 5 % lie below 0.62 % of the peak
+_FAR = 0.05
+
+if TYPE_CHECKING:
+    # the mixin stands before a Trainer
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class FusedLRTrainerMixin(_Base):
+    """Put it before a Trainer class: `class MyTrainer(FusedLRTrainerMixin, SFTTrainer): ...`.
+
+    Where the arguments ask for AdamW the optimizer is `FusedAdamW`, with the Trainer's own param groups, and
+    where its schedule depends on the step alone it drives itself. It clips inside its step, the norm is
+    logged as before, and `FusedLRCallback` is at work. An optimizer passed to the Trainer is used as it is; a
+    `FusedAdamW` without a schedule gets the one of the arguments. Sharded training (FSDP, DeepSpeed) is
+    clipped by the Trainer.
+
+    Raises:
+        ValueError: `optim` is not one of torch's AdamW.
+    """
+
+    @classmethod
+    def get_optimizer_cls_and_kwargs(cls, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As the Trainer's, with `FusedAdamW` for torch's AdamW."""
+        stock = super().get_optimizer_cls_and_kwargs(args, model)
+        if not _is_adamw(stock[0]):
+            raise ValueError(
+                f"optim={getattr(args.optim, 'value', args.optim)!r} is not torch's AdamW, which fusedlr "
+                "replaces: use optim='adamw_torch_fused', or the Trainer without fusedlr"
+            )
+        return _replaced(*stock)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Bind the arguments' schedule to the optimizer; the scheduler is the optimizer's own view of it."""
+        return _create_scheduler(self, super().create_scheduler, num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return _clip(self, super()._clip_grad_norm, model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return _get_norm(self, super()._get_grad_norm, model, grad_norm)
+
+
+class FusedLRTrainer(FusedLRTrainerMixin, Trainer):
+    """`transformers.Trainer` on `FusedAdamW`; see `FusedLRTrainerMixin`."""
+
+
+class FusedLRCallback(TrainerCallback):
+    """Logs skipped steps, and says when a run and its schedule do not end together.
+
+    `skipped_steps` appears beside the loss once a step has been skipped, as of the last copy that has reached
+    the host: nothing waits for the device. `FusedLRTrainer` brings it along; with a plain Trainer pass
+    `callbacks=[FusedLRCallback()]`, and reporters listed before it will not see the number.
+    """
+
+    _told = False
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Compare the schedule's length with the run's."""
+        self._told = False
+        self._compare(optimizer, state.max_steps, "training will end after")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Add `skipped_steps` to what is logged."""
+        fused = unwrap(optimizer)
+        if fused is None or not logs or "loss" not in logs:
+            return
+        skipped = fused.last_metrics()["skipped"]
+        total = sum(skipped) if isinstance(skipped, list) else skipped
+        if total:
+            logs["skipped_steps"] = total
+            if state.log_history:
+                # the history has got a copy of the logs already
+                state.log_history[-1]["skipped_steps"] = total
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Compare the schedule's length with the updates made, unless somebody stopped the run early."""
+        fused = unwrap(optimizer)
+        if fused is not None and state.global_step >= state.max_steps:
+            self._compare(optimizer, int(fused.metrics()["step"].max()), "training ended after")
+
+    def _compare(self, optimizer: Any, updates: int, event: str) -> None:
+        schedule = _schedule_of(unwrap(optimizer))
+        total = schedule.total_steps if schedule is not None else None
+        if schedule is None or total is None or self._told or abs(updates - total) <= _FAR * total:
+            return
+        self._told = True
+        last, end = schedule.lr_at(updates - 1), schedule.lr_at(total - 1)
+        warn(
+            f"{event} {updates} updates, but the schedule is {schedule!r}: the last rate is {last:.1%} of "
+            f"the peak where the schedule's last is {end:.1%}. total_steps counts updates that are made, not "
+            "batches"
+        )
+
+
+class Patch:
+    """What `patch_transformers` has changed, until `undo()` or the end of a `with` block."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, Any] = {}
+        self._ours: dict[str, Any] = {}
+        for name, replacement in _REPLACEMENTS.items():
+            # absent from older versions: nothing there would call it
+            if hasattr(Trainer, name):
+                self._before[name] = Trainer.__dict__[name]
+                self._ours[name] = _patched(getattr(Trainer, name), replacement)
+        for name, value in self._ours.items():
+            setattr(Trainer, name, value)
+
+    def undo(self) -> None:
+        """Give transformers back its own methods; a second time changes nothing.
+
+        Raises:
+            RuntimeError: something else has patched one of them since.
+        """
+        global _patch
+        changed = [name for name, ours in self._ours.items() if Trainer.__dict__[name] is not ours]
+        if changed:
+            raise RuntimeError(
+                f"Trainer.{', Trainer.'.join(changed)} was patched again after patch_transformers(): "
+                "undo that first"
+            )
+        for name, before in self._before.items():
+            setattr(Trainer, name, before)
+        self._ours = {}
+        self._before = {}
+        _patch = None
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+_patch: Patch | None = None
+
+
+def patch_transformers() -> Patch:
+    """Make every Trainer of this process one on `FusedAdamW`, for tools that are driven by YAML alone.
+
+    Only where `optim` is torch's AdamW; all else stays stock. Nothing is patched on import.
+
+    Returns:
+        A `Patch`: `undo()` it, or use it in a `with` statement. A second call returns the first one's.
+    """
+    global _patch
+    if _patch is None:
+        _patch = Patch()
+    return _patch
+
+
+def unwrap(optimizer: Any) -> FusedAdamW | None:
+    """The `FusedAdamW` inside accelerate's wrappers, None where there is none."""
+    while optimizer is not None and not isinstance(optimizer, FusedAdamW):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _is_adamw(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, (torch.optim.AdamW, FusedAdamW))
+
+
+def _replaced(cls: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return (FusedAdamW if _is_adamw(cls) else cls), kwargs
+
+
+def _schedule_of(fused: FusedAdamW | None) -> Schedule | None:
+    """The first schedule of an optimizer that has any."""
+    groups = fused.param_groups if fused is not None else []
+    return next((g["schedule"] for g in groups if g.get("schedule") is not None), None)
+
+
+# each takes the trainer, the stock method bound to it, and that method's arguments
+
+
+def _create_scheduler(trainer: Any, stock: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+    fused = unwrap(optimizer if optimizer is not None else trainer.optimizer)
+    if fused is None or trainer.lr_scheduler is not None:
+        return stock(num_training_steps, optimizer)
+    _warn_without_hook(trainer.args.max_grad_norm)
+    _report_first(trainer)
+    # a second train() starts the arguments' schedule anew, and leaves one of the caller's alone
+    started = trainer.__dict__.get("_fusedlr_started") is fused
+    if started or _schedule_of(fused) is None:
+        schedule = _asked_for(trainer.args, num_training_steps)
+        if schedule is None:
+            return stock(num_training_steps, optimizer)
+        fused.start_schedule(schedule)
+        trainer._fusedlr_started = fused
+    trainer.lr_scheduler = fused.scheduler
+    trainer._created_lr_scheduler = True
+    return trainer.lr_scheduler
+
+
+def _clip(trainer: Any, stock: Any, model: Any) -> Any:
+    fused = unwrap(trainer.optimizer)
+    if fused is None or not _can_clip(trainer, fused):
+        return stock(model)
+    limit, own = trainer.args.max_grad_norm, fused.max_grad_norm
+    # one after the other, both would clip to the smaller
+    if own is None or limit < own:
+        fused.max_grad_norm = limit
+    return fused.coming_grad_norm()
+
+
+def _get_norm(trainer: Any, stock: Any, model: Any, grad_norm: Any = None) -> Any:
+    fused = unwrap(trainer.optimizer)
+    clips = fused is not None and fused.max_grad_norm is not None and _can_clip(trainer, fused)
+    # with max_grad_norm=0 the Trainer measures the norm; not if the step does so as well
+    if fused is not None and grad_norm is None and clips:
+        return fused.coming_grad_norm()
+    return stock(model, grad_norm=grad_norm)
+
+
+def _get_optimizer_cls_and_kwargs(trainer: Any, stock: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+    return _replaced(*stock(*args, **kwargs))
+
+
+_REPLACEMENTS: dict[str, Any] = {
+    "create_scheduler": _create_scheduler,
+    "_clip_grad_norm": _clip,
+    "_get_grad_norm": _get_norm,
+    "get_optimizer_cls_and_kwargs": _get_optimizer_cls_and_kwargs,
+}
+
+
+def _patched(stock: Any, replacement: Any) -> Any:
+    if replacement is _get_optimizer_cls_and_kwargs:
+        # static in the Trainer, and called on the class by some
+        return staticmethod(functools.wraps(stock)(functools.partial(replacement, None, stock)))
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, functools.partial(stock, self), *args, **kwargs)
+
+    return method
+
+
+def _asked_for(args: Any, num_training_steps: int) -> Schedule | None:
+    """The schedule of the arguments, None where the Trainer's own scheduler has to drive."""
+    if not knows_hf(args.lr_scheduler_type):
+        return None
+    return from_hf(
+        args.lr_scheduler_type,
+        num_warmup_steps=args.get_warmup_steps(num_training_steps),
+        num_training_steps=num_training_steps,
+        **(args.lr_scheduler_kwargs or {}),
+    )
+
+
+def _can_clip(trainer: Any, fused: FusedAdamW) -> bool:
+    """Whether the optimizer sees whole gradients, and has one norm."""
+    kind = trainer.accelerator.distributed_type.value
+    return fused.groups == "joint" and (kind == "NO" or kind.startswith("MULTI_"))
+
+
+def _report_first(trainer: Any) -> None:
+    """Put the callback before the reporters, which log what they find when they are called."""
+    callbacks = trainer.callback_handler.callbacks
+    own = next((callback for callback in callbacks if isinstance(callback, FusedLRCallback)), None)
+    if own is not None:
+        callbacks.remove(own)
+    callbacks.insert(0, own or FusedLRCallback())
+
+
+@functools.cache
+def _warn_missing_hook() -> None:
+    warn(
+        f"transformers {transformers.__version__} has no Trainer.{CLIP_HOOK}, which {CLIP_HOOK_SINCE} to "
+        f"{TESTED[1]} have: the Trainer clips by itself, in a pass over the gradients of its own"
+    )
+
+
+def _warn_without_hook(max_grad_norm: float) -> None:
+    if max_grad_norm > 0 and not callable(getattr(Trainer, CLIP_HOOK, None)):
+        _warn_missing_hook()
+
+
+__all__ = ["FusedLRCallback", "FusedLRTrainer", "FusedLRTrainerMixin", "patch_transformers"]
