@@ -25,6 +25,8 @@ class Backend:
     step_: Callable[..., Any] | None
     # devices of the tensors -> why it cannot run there, or None if it can
     why_not: Callable[[Iterable[torch.device]], str | None]
+    # whether what a step used is kept in fp32: its kernels have no fp64
+    single: bool = False
     # see cpu.repeat
     repeat: Callable[..., Any] = lambda groups, param_groups, *, joint: None
 
@@ -39,8 +41,8 @@ BACKENDS = {
     for backend in (
         Backend("cuda", None, _not_built("CUDA kernel")),
         # before Triton, which on the CPU is an interpreter
-        Backend("cpu", cpu.step_, cpu.why_not, cpu.repeat),
-        Backend("triton", gpu.step_, gpu.why_not),
+        Backend("cpu", cpu.step_, cpu.why_not, repeat=cpu.repeat),
+        Backend("triton", gpu.step_, gpu.why_not, single=True),
         Backend("reference", reference.step_, lambda devices: None),
     )
 }

@@ -656,7 +656,7 @@ class FusedAdamW(Optimizer):
         return next((p.device for p in self._trainable() if p.device.type != "meta"), default)
 
     def _place_counters(self) -> None:
-        """Keep the counters on the device of the first trainable parameter."""
+        """Keep the counters on the device of the first trainable parameter, and as the backend counts."""
         device = self._device(self._counters.k.device)
         if device != self._counters.k.device:
             old, k = self._counters, self._read_k()
@@ -664,6 +664,9 @@ class FusedAdamW(Optimizer):
             self._prepared = None
             self._counters.counts[1:] = old.counts[1:].to(device)
             self._place_k(k)
+        backend = self._prepared.backend if self._prepared is not None else self._backend(warn=False)
+        if backend.single and self._counters.used.dtype != torch.float32:
+            self._counters.use(self._counters.used.float())
 
     def _resize_counters(self, groups: int) -> None:
         old, device = self._counters, self._counters.k.device
