@@ -69,9 +69,8 @@ Tensors::Tensors(const std::vector<int>& params, const std::vector<int>& moments
 }
 
 void Tensors::step(const std::vector<uintptr_t>& gradients, const Kernel& kernel,
-                   const std::vector<const Group*>& groups,
-                   const std::vector<int64_t>& counts, const Counters& counters, const Signals& signals,
-                   bool joint, int threads) {
+                   const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
+                   const Counters& counters, const Signals& signals, bool joint, int threads) {
     const std::lock_guard<std::mutex> lock(busy_);
     for (size_t i = 0; i < size(); ++i) spans_[i].g = reinterpret_cast<char*>(gradients[i]);
     make_scopes(groups, counts, signals, joint);

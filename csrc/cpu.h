@@ -58,9 +58,8 @@ class Tensors {
 
     // gradients: one address per tensor; groups hold counts[i] tensors each, in order
     void step(const std::vector<uintptr_t>& gradients, const Kernel& kernel,
-              const std::vector<const Group*>& groups,
-              const std::vector<int64_t>& counts, const Counters& counters, const Signals& signals,
-              bool joint, int threads);
+              const std::vector<const Group*>& groups, const std::vector<int64_t>& counts,
+              const Counters& counters, const Signals& signals, bool joint, int threads);
 
   private:
     // a piece of one tensor, the unit of work: who computes it does not change its bits

@@ -60,8 +60,9 @@ void check_size(const Addresses& addresses, size_t size) {
 }
 
 std::unique_ptr<Tensors> make_tensors(const std::vector<int>& params, const std::vector<int>& moments,
-                     const std::vector<int64_t>& sizes, const Addresses& p, const Addresses& m,
-                     const Addresses& v, const Addresses& tops, const Addresses& steps) {
+                                      const std::vector<int64_t>& sizes, const Addresses& p,
+                                      const Addresses& m, const Addresses& v, const Addresses& tops,
+                                      const Addresses& steps) {
     if (params.size() != sizes.size() || moments.size() != sizes.size())
         throw std::invalid_argument("one type per tensor is needed");
     for (const Addresses* addresses : {&p, &m, &v, &steps}) check_size(*addresses, sizes.size());
@@ -131,8 +132,8 @@ py::tuple step_watched(Tensors& tensors, Watch& watch, const Kernel& kernel,
     return step(tensors, gradients, kernel, groups, counts, counters, grad_scale, found_inf, joint, threads);
 }
 
-// A step like the last one, from the optimizer's groups and state to their new values in one call: Python's own
-// share of a small step is larger than the kernel's, above all where other code ran in between.
+// A step like the last one, from the optimizer's groups and state to their new values in one call: Python's
+// own share of a small step is larger than the kernel's, above all where other code ran in between.
 class Repeat {
   public:
     // groups are kept alive by the caller: what is held here, Python's collector would not see
@@ -228,12 +229,13 @@ PYBIND11_MODULE(_cpu, module) {
         .def("step", &step);
     py::class_<CounterTable>(module, "CounterTable")
         .def(py::init([](uintptr_t counts, uintptr_t used, int64_t groups) {
-                 return CounterTable{reinterpret_cast<int64_t*>(counts), reinterpret_cast<double*>(used), groups};
+                 return CounterTable{reinterpret_cast<int64_t*>(counts), reinterpret_cast<double*>(used),
+                                     groups};
              }),
              py::arg("counts"), py::arg("used"), py::arg("groups"));
     py::class_<Repeat>(module, "Repeat")
-        .def(py::init<const py::list&, py::object, py::object, const Kernel&, const std::vector<const Group*>&,
-                      std::vector<int64_t>, const CounterTable&, bool>(),
+        .def(py::init<const py::list&, py::object, py::object, const Kernel&,
+                      const std::vector<const Group*>&, std::vector<int64_t>, const CounterTable&, bool>(),
              py::arg("groups"), py::arg("watch"), py::arg("tensors"), py::arg("kernel"), py::arg("steps"),
              py::arg("counts"), py::arg("counters"), py::arg("joint"))
         .def("__call__", &Repeat::operator());

@@ -1,5 +1,5 @@
-// The part of DLPack's C ABI (major version 1) that is read here: how torch (2.10 and newer) describes a tensor
-// to another library, by torch.Tensor.__dlpack_c_exchange_api__. Names and layout are the standard's.
+// The part of DLPack's C ABI (major version 1) that is read here: how torch (2.10 and newer) describes a
+// tensor to another library, by torch.Tensor.__dlpack_c_exchange_api__. Names and layout are the standard's.
 #pragma once
 
 #include <cstdint>

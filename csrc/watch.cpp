@@ -13,10 +13,10 @@ namespace {
 // what of torch is looked up once; lives as long as the process
 struct Torch {
     const dlpack::ExchangeAPI* exchange = nullptr;
-    PyObject *tensor, *parameter;         // types without overrides
-    PyObject *grad, *requires_grad;       // their getters
-    PyObject *is_neg;                     // unbound method
-    PyObject *increment_version;
+    PyObject *tensor, *parameter;    // types without overrides
+    PyObject *grad, *requires_grad;  // their getters
+    PyObject* is_neg;                // unbound method
+    PyObject* increment_version;
     PyObject *grad_name, *requires_grad_name, *params_name;
     PyObject* state_names[4];
 
