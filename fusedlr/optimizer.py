@@ -586,6 +586,8 @@ class FusedAdamW(Optimizer):
     def _resize_counters(self, groups: int) -> None:
         old, device = self._counters, self._counters.k.device
         self._counters = Counters.zeros(groups, device)
+        # what a backend keeps for an optimizer, and captured graphs read, lives as long as this does
+        self._counters.math = old.math
         kept = min(groups, old.k.numel())
         self._counters.counts[1:, :kept] = old.counts[1:, :kept]
         self._counters.used[:, :kept] = old.used[:, :kept]
