@@ -33,9 +33,12 @@ def make_model(width: int, layers: int, r: int) -> nn.Sequential:
     return nn.Sequential(*blocks, LoraLinear(width, width, r))
 
 
-def capture(iteration: Callable[[], Tensor], optimizer: fusedlr.FusedAdamW) -> tuple[Callable[[], None], Tensor]:
+def capture(
+    iteration: Callable[[], Tensor], optimizer: fusedlr.FusedAdamW
+) -> tuple[Callable[[], None], Tensor]:
     """A function that makes `iteration` again on the GPU, and where it leaves its loss."""
-    # the first iterations allocate state, compile the kernels and let cuBLAS choose; not on the default stream
+    # the first iterations allocate state, compile the kernels and let cuBLAS choose; torch asks for a stream
+    # other than the default
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
