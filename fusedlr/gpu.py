@@ -161,7 +161,7 @@ class Launcher:
         step_args = *tables, *blocks, self._norms, self._tickets, grad_scale, found_inf, alive
         if capturing(self.device):
             # a replay reads them long after the next step has got others
-            self._captured.append((norm_args, step_args))
+            self._captured.append((norm_args, step_args, self._rates))
             self._captured_frame = frame
             width = len(TENSORS)
             self._captured_rows.update(zip(*(self._rows[i::width] for i in range(width)), strict=True))

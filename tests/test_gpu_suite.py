@@ -175,6 +175,62 @@ def test_what_a_trace_shows() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("count", "passed"),
+    (
+        ({"kernels": 1, "copies to the device": 0}, {False: True, True: False}),
+        ({"kernels": 2, "copies to the device": 0}, {False: False, True: True}),
+        ({"kernels": 1, "copies to the device": 1}, {False: False, True: False}),
+        ({"error": "no luck"}, {False: False, True: False}),
+    ),
+)
+def test_a_launch_too_many_fails_the_suite(
+    count: dict[str, Any],
+    passed: dict[bool, bool],
+    settings: gpu_sections.Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = gpu_sections.PROVIDERS["fusedlr-triton"]
+    monkeypatch.setattr(gpu_sections, "quick", lambda device: [ours])
+    for clip in (False, True):
+
+        def counted(provider: Any, inventory: Any, clipping: bool, told: Any, clip: bool = clip) -> Any:
+            right = {"kernels": 1 + clipping, "copies to the device": 0}
+            return count if clipping == clip else right
+
+        monkeypatch.setattr(gpu_sections, "count_one", counted)
+        found = gpu_sections.count_launches(replace(settings, device="cuda"))
+        assert found["passed"] == passed[clip]
+
+
+def test_a_gpu_and_what_it_refused_are_in_the_table() -> None:
+    spread = {"median": 0.5, "low": 0.4, "high": 0.6}
+    row = {"provider": "fused", "host_ms": spread, "ms": spread, "ratio": spread, "bytes_per_parameter": 32.0}
+    run = {
+        "inventory": "tiny",
+        "label": "tiny",
+        "tensors": 16,
+        "parameters": 10**6,
+        "clip": True,
+        "rounds": 5,
+        "bandwidth_gb_per_s": {"median": 2000.0},
+        "rows": [row],
+        "rejected": {"apex": "away | from the oracle"},
+        "replay": {"fused": {"ms": 0.02}, "capturable": {"error": "refused"}},
+    }
+    text = gpu_report.markdown(
+        {
+            "environment": {"gpus": [{"name": "a GPU", "driver": "1.2"}], "packages": {"torch": "2.13.0"}},
+            "benchmark": {"passed": True, "runs": [run], "seconds": 3.0},
+            "launches": {"tiny, with clipping": {"fused": {"kernels": 9.0, "copies to the device": 0.0}}},
+        }
+    )
+    assert "a GPU (driver 1.2); torch 2.13.0" in text
+    # 32 MB in 20 us are 1600 GB/s
+    assert "| fused | 500 | 500 | 0.50 | 20.0 | 80% | 9 | 0 |" in text
+    assert "| apex | not timed: away / from the oracle |" in text
+
+
 def test_every_limit_fits_into_the_time() -> None:
     # each section alone; those that are slower than expected take the time of the last
     limits = [section.seconds for section in gpu_sections.SECTIONS.values()]
