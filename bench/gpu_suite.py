@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if device == "cpu":
         print("no GPU in use: a reduced form, on the CPU, which measures nothing of interest")
     else:
-        # whoever ends the suite ends its section too, which is in a session of its own
+        # whoever ends the suite ends its section too, which runs in a process group of its own
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     end = time.monotonic() + 60 * args.minutes
     run = partial(run_isolated, settings=settings, end=end) if device == "cuda" else None
