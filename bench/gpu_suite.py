@@ -1,33 +1,39 @@
 """Everything that needs a GPU, in one command: `python -m bench.gpu_suite --out DIR`.
 
-Runs the tests marked `gpu`, then looks for host syncs in every GPU backend's step. Writes `gpu_suite.json`
-after each section, so that what was found is kept if the run is stopped. On a machine without a GPU it runs
-the same code in reduced form on the CPU.
+Runs the sections of bench/gpu_sections.py one after the other, on a GPU each in a process of its own with a
+time limit: a kernel that hangs or spoils the device's memory costs its own section alone. Writes
+`gpu_suite.json` and `gpu_suite.md` after each, so that what was found is kept if the run is stopped. On a
+machine without a GPU it runs the same code in reduced form on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fusedlr
-from fusedlr import backends
+from .environment import ROOT
+from .gpu_report import markdown, short
+from .gpu_sections import SECTIONS, Settings, look_for_syncs
 
-from . import syncs
-from .environment import ROOT, environment
+__all__ = ["look_for_syncs", "main", "run_isolated", "run_sections"]
 
-# a few shapes of a LoRA adapter; syncs depend on how many there are, not on their size
-_SHAPES = [(16, 256), (256, 16), (16, 256), (1024, 16)] * 2
+# a machine with a GPU is often lent for ten minutes
+_MINUTES = 9.0
+# a section that is given less would only be stopped
+_LEAST_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,35 +52,91 @@ def main(argv: list[str] | None = None) -> int:
         help="cpu runs a reduced form (default: %(default)s)",
     )
     parser.add_argument(
+        "--sections", help=f"which, with commas, in this order: {', '.join(SECTIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=_MINUTES, help="for all sections on a GPU (default: %(default)s)"
+    )
+    parser.add_argument(
         "--steps", type=int, default=100, help="steps watched for syncs (default: %(default)s)"
     )
-    parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
+    # how the suite calls itself: one section, its result into a file
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
+    if not 0 < args.minutes < 1e4:
+        parser.error(f"--minutes {args.minutes} must be above 0")
+    names = [name.strip() for name in args.sections.split(",")] if args.sections else list(SECTIONS)
+    for name in names:
+        if name not in SECTIONS:
+            parser.error(f"--sections: {name!r} is none of {', '.join(SECTIONS)}")
     available = torch.cuda.is_available()
     if args.device == "cuda" and not available:
         parser.error("--device cuda: torch sees no CUDA device here")
     device = "cuda" if args.device != "cpu" and available else "cpu"
+    out = args.out.absolute()
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
 
-    sections: list[tuple[str, Callable[[], dict[str, Any]]]] = [("environment", environment)]
-    if not args.no_tests:
-        sections.append(("tests", lambda: run_tests(device, args.out)))
-    # on the CPU a step's events are the same every time, and the profiler is slow
-    steps = args.steps if device == "cuda" else min(args.steps, 3)
-    # the C++ kernel never sees a GPU, and may read a number that lies in the host's memory
-    for name in (name for name in runnable(device) if name != "cpu"):
-        sections.append((f"syncs {name}", lambda name=name: look_for_syncs(name, device, steps)))
-    return run_sections(sections, device, args.out / "gpu_suite.json")
+    settings = Settings(device, out, args.steps)
+    if args.result is not None:
+        write(args.result, run_section(names[0], replace(settings, keep=partial(write, args.result))))
+        return 0
+    if device == "cpu":
+        print("no GPU in use: a reduced form, on the CPU, which measures nothing of interest")
+    else:
+        # whoever ends the suite ends its section too, which runs in a process group of its own
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end = time.monotonic() + 60 * args.minutes
+    run = partial(run_isolated, settings=settings, end=end) if device == "cuda" else None
+    return run_sections(
+        [(name, partial(run or partial(run_section, settings=settings), name)) for name in names],
+        device,
+        out / "gpu_suite.json",
+    )
 
 
-def runnable(device: str) -> list[str]:
-    """Backends that can run on the device."""
-    return [name for name, why in backends.reasons([torch.device(device)]).items() if why is None]
+def run_section(name: str, settings: Settings) -> dict[str, Any]:
+    """The result of a section, made in this process."""
+    try:
+        return SECTIONS[name].run(settings)
+    except Exception as error:  # a broken section must not take the others' results with it
+        return {"passed": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def run_isolated(name: str, settings: Settings, end: float, seconds: float | None = None) -> dict[str, Any]:
+    """The result of a section, made in a process that is killed at its limit or at the suite's `end`."""
+    limit = min(seconds or SECTIONS[name].seconds, end - time.monotonic())
+    if limit < _LEAST_SECONDS:
+        return {"passed": False, "error": "no time left for it"}
+    path = settings.out / "section.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench.gpu_suite", "--sections", name, "--result", str(path)]
+    command += ["--device", settings.device, "--out", str(settings.out), "--steps", str(settings.steps)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # one GPU: the Trainer would spread its run over all
+    env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        code: int | None = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        # the tests that it started too
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    path.unlink(missing_ok=True)
+    if code is None:
+        return {**result, "passed": False, "error": f"stopped after {limit:.0f} s"}
+    if code:
+        return {**result, "passed": False, "error": f"ended with code {code}"}
+    return result
 
 
 def run_sections(sections: list[tuple[str, Callable[[], dict[str, Any]]]], device: str, path: Path) -> int:
@@ -86,76 +148,25 @@ def run_sections(sections: list[tuple[str, Callable[[], dict[str, Any]]]], devic
         start = time.perf_counter()
         try:
             results[name] = section()
-        except Exception as error:  # a broken section must not take the others' results with it
+        except Exception as error:
             results[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
         seconds = results[name]["seconds"] = round(time.perf_counter() - start, 2)
         passed = results[name].get("passed", True)
         failed += [] if passed else [name]
-        print(f"    {'passed' if passed else 'FAILED'} in {seconds} s: {_short(results[name])}", flush=True)
+        word = "FAILED" if not passed else "left out" if "left out" in results[name] else "passed"
+        print(f"    {word} in {seconds} s: {short(results[name])}", flush=True)
         results["failed"] = failed
-        # a rename, so that a reader never sees half a file
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        part.replace(path)
-    print(f"results: {path}")
+        write(path, results)
+        path.with_suffix(".md").write_text(markdown(results))
+    print(f"results: {path} and {path.with_suffix('.md').name}")
     return 1 if failed else 0
 
 
-def _short(result: dict[str, Any]) -> str:
-    line = ", ".join(f"{key}={value}" for key, value in result.items() if key not in ("seconds", "passed"))
-    return line if len(line) <= 160 else line[:157] + "..."
-
-
-def run_tests(device: str, out: Path) -> dict[str, Any]:
-    """The tests marked `gpu`; on the CPU a few of their CPU twins."""
-    report = out / "tests.xml"
-    select = (
-        ["-m", "gpu"] if device == "cuda" else ["-m", "not slow", "-k", "test_fp64_equals_torch and edges"]
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "tests", *select, f"--junitxml={report}"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    ran = counts["tests"] - counts["skipped"]
-    return {"passed": run.returncode == 0 and ran > 0, **counts}
-
-
-def look_for_syncs(backend: str, device: str, steps: int) -> dict[str, Any]:
-    """Both sync checks on a step with schedule, clipping and a scaler's flags."""
-    optimizer = make_optimizer(backend, device)
-    # the first step allocates state and compiles
-    optimizer.step()
-    on_gpu = device == "cuda"
-    reported = syncs.debug_mode_error(optimizer.step, steps) if on_gpu else None
-    counts = syncs.trace(optimizer.step, steps, ("CPU", "CUDA") if on_gpu else ("CPU",))
-    found = syncs.forbidden(counts.elements())
-    launches = sum(n for name, n in counts.items() if "LaunchKernel" in name)
-    return {
-        "passed": reported is None and not found,
-        "debug mode": reported,
-        "forbidden events": dict(found),
-        "launches per step": launches / steps,
-    }
-
-
-def make_optimizer(backend: str, device: str) -> fusedlr.FusedAdamW:
-    """An optimizer over LoRA-like tensors with gradients, and the attributes that a GradScaler sets."""
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]
-    optimizer = fusedlr.FusedAdamW(
-        [{"params": params[::2]}, {"params": params[1::2], "lr": 1e-3}],
-        lr=1e-4,
-        schedule=fusedlr.cosine(warmup_steps=10, total_steps=200),
-        max_grad_norm=1.0,
-        backend=backend,
-    )
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(device)
-    optimizer.grad_scale = torch.tensor(1.0, device=device)  # type: ignore[attr-defined]
-    optimizer.found_inf = torch.tensor(0.0, device=device)  # type: ignore[attr-defined]
-    return optimizer
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write plain data, and never half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    part.replace(path)
 
 
 if __name__ == "__main__":

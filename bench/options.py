@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--providers",
         metavar="NAMES",
-        help="who is timed, with commas: fused, foreach, forloop (torch), compile (minutes), "
-        "fusedlr-BACKEND, torchao, bitsandbytes, optimi. fused is the baseline and always among them "
+        help="who is timed, with commas: fused, foreach, forloop, capturable (torch), compile (minutes), "
+        "fusedlr-BACKEND, torchao, bitsandbytes, apex, optimi. fused is the baseline and always among them "
         "(default: all that can run here, without compile and torchao, which compiles too)",
     )
     add(

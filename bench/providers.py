@@ -36,6 +36,8 @@ class Stepper:
     params: list[torch.nn.Parameter]
     optimizer: Any
     step: Callable[[], Any]
+    # what of it a CUDA graph can hold, None where nothing can
+    capturable: Callable[[], Any] | None = None
 
     def state_bytes(self) -> int:
         """Bytes of memory behind all state tensors; several may lie in one."""
@@ -117,6 +119,24 @@ def _stock(kind: str) -> Provider:
     return Provider(kind, build)
 
 
+def _capturable(params: list[torch.nn.Parameter], clip: bool) -> Stepper:
+    # on the device, as a graph would freeze a number; the schedule writes it from the host
+    options = OPTIONS | {"lr": torch.tensor(OPTIONS["lr"], device=params[0].device)}
+    optimizer = torch.optim.AdamW(params, capturable=True, **options)
+    scheduler = schedule_of(optimizer)
+
+    def update() -> None:
+        if clip:
+            clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    def step() -> None:
+        update()
+        scheduler.step()
+
+    return Stepper(params, optimizer, step, update)
+
+
 def _compiled(params: list[torch.nn.Parameter], clip: bool) -> Stepper:
     # a tensor, so that a new rate is no reason to compile again
     options = OPTIONS | {"lr": torch.tensor(OPTIONS["lr"], device=params[0].device)}
@@ -142,7 +162,7 @@ def _ours(backend: str) -> Provider:
         optimizer = fusedlr.FusedAdamW(
             params, **OPTIONS, schedule=schedule, max_grad_norm=MAX_NORM if clip else None, backend=backend
         )
-        return Stepper(params, optimizer, optimizer.step)
+        return Stepper(params, optimizer, optimizer.step, optimizer.step)
 
     def why_not(device: torch.device) -> str | None:
         override = os.environ.get("FUSEDLR_BACKEND")
@@ -188,6 +208,12 @@ def _bitsandbytes(params: Any) -> Any:
     return AdamW32bit(params, **OPTIONS)
 
 
+def _apex(params: Any) -> Any:
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam(params, **OPTIONS, adam_w_mode=True)
+
+
 def _optimi(params: Any) -> Any:
     from optimi import AdamW
 
@@ -200,11 +226,19 @@ PROVIDERS = {
         _stock("fused"),
         _stock("foreach"),
         _stock("forloop"),
+        Provider(
+            "capturable",
+            _capturable,
+            lambda device: (
+                None if device.type == "cuda" else f"torch has no capturable AdamW on {device.type}"
+            ),
+        ),
         Provider("compile", _compiled, slow=True),
         *(_ours(backend) for backend in backends.BACKENDS),
         # its step is compiled
         _third_party("torchao", "torchao", _torchao, slow=True),
         _third_party("bitsandbytes", "bitsandbytes", _bitsandbytes),
+        _third_party("apex", "apex", _apex),
         _third_party("optimi", "optimi", _optimi),
     )
 }

@@ -41,12 +41,18 @@ def debug_mode_error(step: Callable[[], None], steps: int) -> str | None:
 
 def trace(step: Callable[[], None], steps: int, activities: Iterable[str] = ("CPU", "CUDA")) -> Counter[str]:
     """How often every profiler event occurs in `steps` steps; the last wait, for the profiler, is outside."""
-    wanted = [getattr(torch.profiler.ProfilerActivity, name) for name in activities]
-    with torch.profiler.profile(activities=wanted) as profile:
-        for _ in range(steps):
-            step()
-        # the profiler itself synchronizes when it stops; that call is not the step's
-    names: Counter[str] = Counter(event.name for event in profile.events())
+    names: Counter[str] = Counter(name for name, _ in profile(step, steps, activities))
     if "CUDA" in activities and names["cudaDeviceSynchronize"]:
+        # the profiler itself synchronizes when it stops; that call is not the step's
         names["cudaDeviceSynchronize"] -= 1
     return +names
+
+
+def profile(step: Callable[[], None], steps: int, activities: Iterable[str]) -> list[tuple[str, bool]]:
+    """The profiler's events in `steps` steps: name, and whether it is the device's."""
+    wanted = [getattr(torch.profiler.ProfilerActivity, name) for name in activities]
+    with torch.profiler.profile(activities=wanted) as profiler:
+        for _ in range(steps):
+            step()
+    cpu = torch.autograd.DeviceType.CPU
+    return [(event.name, event.device_type != cpu) for event in profiler.events()]

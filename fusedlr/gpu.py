@@ -102,6 +102,7 @@ class Launcher:
         # arguments of captured launches, and rows of their tables
         self._captured: list[Any] = []
         self._captured_rows: set[tuple[int, ...]] = set()
+        self._captured_frame: Any = None
         self._packed_from: tuple[Any, ...] = ()
         self._packed: tuple[list[int], list[float], int] = [], [], 0
         # a launch's kernel, types and options -> what Triton compiled for them
@@ -120,10 +121,8 @@ class Launcher:
             self._key = key
         group_of = [i for i, count in enumerate(counts) for _ in range(count)]
         of = [_tensors(row, size, group) for row, size, group in zip(rows, sizes, group_of, strict=True)]
-        # with some of its tensors left out a captured step is still right, with others it is not
         if self._captured and not self._captured_rows.issuperset(of):
-            self._generation.advance()
-            self._captured_rows.clear()
+            self._outdate()
         self._rows = list(chain.from_iterable(of))
 
     def step(
@@ -142,6 +141,11 @@ class Launcher:
         if self._rates.numel() != len(groups):
             self._rates = torch.zeros(len(groups), dtype=torch.float32, device=self.device)
         ints, floats, phases = self._hyperparameters(groups, joint)
+        normed = any(group.max_grad_norm is not None or group.skip_nonfinite for group in groups)
+        # captured launches share these two tables, new values included, while they are laid out alike
+        frame = normed, phases, len(floats), self._layout.slots
+        if self._captured_frame not in (None, frame):
+            self._outdate()
         tensors = self._tensors.put(self._rows, pinned_to_graph=True)
         grads = self._grads.put(gradients, pinned_to_graph=True)
         chunks = self._chunks.put(self._layout.chunks, pinned_to_graph=True)
@@ -150,7 +154,6 @@ class Launcher:
         scale, inf = signals.grad_scale, signals.found_inf
         grad_scale = self._one if scale is None else self._fp32(scale)
         found_inf = self._zero if inf is None else self._flag(inf)
-        normed = any(group.max_grad_norm is not None or group.skip_nonfinite for group in groups)
         programs, count, now = self._layout.programs, len(groups), self._generation.number
         alive = self._generation.tensor
         norm_args = *tables, self._norms, self._tickets, grad_scale, alive
@@ -158,7 +161,8 @@ class Launcher:
         step_args = *tables, *blocks, self._norms, self._tickets, grad_scale, found_inf, alive
         if capturing(self.device):
             # a replay reads them long after the next step has got others
-            self._captured.append((norm_args, step_args))
+            self._captured.append((norm_args, step_args, self._rates))
+            self._captured_frame = frame
             width = len(TENSORS)
             self._captured_rows.update(zip(*(self._rows[i::width] for i in range(width)), strict=True))
         kernels = _kernels()
@@ -178,6 +182,12 @@ class Launcher:
             # some launches took tickets, and the last one of them will not come
             self._tickets.zero_()
             raise
+
+    def _outdate(self) -> None:
+        """Let the launches captured so far do nothing when they are replayed."""
+        self._generation.advance()
+        self._captured_rows.clear()
+        self._captured_frame = None
 
     def _launch(self, kernel: Any, bucket: Bucket, args: tuple[Any, ...], amsgrad: bool) -> None:
         """Launch a kernel; from the second time on without Triton's look at every argument.

@@ -673,6 +673,8 @@ class FusedAdamW(Optimizer):
         self._counters = Counters.zeros(groups, device)
         # what it would repeat counts in the old ones
         self._prepared = None
+        # what a backend keeps for an optimizer, and captured graphs read, lives as long as this does
+        self._counters.math = old.math
         kept = min(groups, old.k.numel())
         self._counters.counts[1:, :kept] = old.counts[1:, :kept]
         self._counters.used[:, :kept] = old.used[:, :kept]

@@ -20,6 +20,8 @@ class Table:
         self._staged: list[tuple[Tensor, torch.Event]] = []
         # what a CUDA graph was captured with stays as it is for as long as the graph may be replayed
         self._captured: list[Tensor] = []
+        # memory for the next capture: to pin some asks the driver about events, which ends a capture
+        self._spare: Tensor | None = None
 
     def put(self, values: list[Any], *, pinned_to_graph: bool = False) -> Tensor:
         """The table with these values; the list is kept, so it must not be changed later.
@@ -37,19 +39,22 @@ class Table:
                 )
             self._upload(values)
             self._values = values
+            self._spare = None
+        if pinned_to_graph and self._spare is None:
+            pin = self._device.type != "cpu"
+            self._spare = torch.empty(len(values), dtype=self._dtype, device="cpu", pin_memory=pin)
         return self._tensor
 
     def _upload(self, values: Sequence[Any]) -> None:
         host = torch.tensor(values, dtype=self._dtype, device="cpu")
         # never empty: kernels may look at the first row of nothing
         length = max(len(values), 1)
-        if self._device.type == "cpu":
-            self._tensor = host if len(values) else host.new_zeros(length)
-            return
         if self._tensor.numel() != length:
-            self._tensor = torch.empty(length, dtype=self._dtype, device=self._device)
+            self._tensor = torch.zeros(length, dtype=self._dtype, device=self._device)
             self._staged.clear()
-        if len(values):
+        if self._device.type == "cpu":
+            self._tensor[: len(values)] = host
+        elif len(values):
             pinned, read = self._free()
             pinned.copy_(host)
             self._tensor.copy_(pinned, non_blocking=True)
@@ -66,7 +71,13 @@ class Table:
         return self._staged[-1]
 
     def _capture(self, values: Sequence[Any]) -> Tensor:
-        pinned = torch.tensor(values, dtype=self._dtype, device="cpu").pin_memory()
+        pinned, self._spare = self._spare, None
+        if pinned is None or pinned.numel() != len(values):
+            raise RuntimeError(
+                "make one step outside the CUDA graph before every capture, with gradients for the same "
+                "parameters: what the graph needs is allocated there"
+            )
+        pinned.copy_(torch.tensor(values, dtype=self._dtype, device="cpu"))
         tensor = torch.empty_like(pinned, device=self._device)
         tensor.copy_(pinned, non_blocking=True)
         self._captured += pinned, tensor

@@ -301,7 +301,7 @@ def test_a_measuring_process_that_dies_is_reported(
 BAD = {
     "unknown inventory": (["llama"], "argument INVENTORY: llama matches none of tiny, llama-2-7b-qv-r8"),
     "all and one": (["tiny", "--all"], "argument --all: names all inventories already"),
-    "unknown provider": (["--providers", "apex"], "argument --providers: 'apex' is none of fused, "),
+    "unknown provider": (["--providers", "lion"], "argument --providers: 'lion' is none of fused, "),
     "provider that cannot": (["--providers", "fusedlr-cuda"], "argument --providers: fusedlr-cuda: "),
     "threads": (["--threads", "0"], "argument --threads: 0 is out of range"),
     "rounds": (["--rounds", "x"], "argument --rounds: 'x' is not a whole number"),

@@ -1,0 +1,220 @@
+"""What a captured Triton step does when it is replayed, in the interpreter: a graph is a list of launches.
+
+Everything but the capture itself is the code that runs on a GPU; tests/test_gpu.py has real graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from harness import relative_difference
+from tolerances import TRITON_STEP
+from torch import Tensor, nn
+
+import fusedlr
+from fusedlr import gpu, staging
+
+pytestmark = pytest.mark.interpreter
+
+SCHEDULE = fusedlr.linear(warmup_steps=2, total_steps=30)
+
+
+class Graph:
+    """Launches and copies, recorded while `capture` is open, made again by `replay`."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], Any]] = []
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        def record(launcher: Any, kernel: Any, bucket: Any, args: Any, amsgrad: bool) -> None:
+            graph.launches.append(lambda: kernel[(bucket.programs,)](*args))
+
+        with monkeypatch.context() as patch:
+            for module in (gpu, staging):
+                patch.setattr(module, "capturing", lambda device: True)
+            patch.setattr(gpu.Launcher, "_launch", record)
+            yield
+
+    return capture
+
+
+def make(backend: str, sizes: tuple[int, ...] = (5, 1500), **options: Any) -> fusedlr.FusedAdamW:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    settings = {"lr": 0.01, "schedule": SCHEDULE, "max_grad_norm": 1.0, **options}
+    return fusedlr.FusedAdamW(params, backend=backend, **settings)
+
+
+def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def captured(capture: Any, **options: Any) -> tuple[fusedlr.FusedAdamW, Graph]:
+    """An optimizer that has made one step, and a graph of the next."""
+    optimizer, graph = make("triton", **options), Graph()
+    optimizer.step()
+    with capture(graph):
+        optimizer.step()
+    return optimizer, graph
+
+
+def stale(optimizer: fusedlr.FusedAdamW) -> bool:
+    try:
+        optimizer._mirror.sync()
+    except RuntimeError as error:
+        assert "Capture the CUDA graph again" in str(error)
+        return True
+    return False
+
+
+def test_a_replay_is_a_step(capture: Any) -> None:
+    optimizer, graph = captured(capture)
+    other = make("reference")
+    other.step()
+    for _ in range(5):
+        graph.replay()
+        other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= TRITON_STEP
+    assert optimizer.metrics()["step"].tolist() == [6]
+    # the capture itself made no step
+    assert {s["step"].item() for s in optimizer.state.values()} == {6.0}
+
+
+def test_a_replay_follows_a_hyperparameter_after_one_step_outside(capture: Any) -> None:
+    optimizer, graph = captured(capture)
+    other = make("reference")
+    other.step()
+    for o in (optimizer, other):
+        o.param_groups[0]["weight_decay"] = 0.5
+        o.param_groups[0]["initial_lr"] = 0.1
+        o.max_grad_norm = 0.3
+        o.step()
+    graph.replay()
+    other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= TRITON_STEP
+    assert not stale(optimizer)
+
+
+def clip_no_more(optimizer: Any) -> None:
+    optimizer.max_grad_norm = None
+
+
+def another_number_of_phases(optimizer: Any) -> None:
+    optimizer.param_groups[0]["schedule"] = fusedlr.warmup_stable_decay(2, 5, 30)
+
+
+def leave_a_gradient_out(optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"][1].grad = None
+
+
+def move_a_parameter(optimizer: Any) -> None:
+    p = optimizer.param_groups[0]["params"][0]
+    # kept, as a graph would read freed memory without the check
+    p.kept, p.data = p.data, p.data.clone()
+
+
+def replace_a_moment(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        state["kept"] = state["exp_avg"]
+        state["exp_avg"] = state["exp_avg"].clone()
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        clip_no_more,
+        another_number_of_phases,
+        leave_a_gradient_out,
+        move_a_parameter,
+        replace_a_moment,
+    ),
+)
+def test_a_replay_that_is_out_of_date_does_nothing_and_says_so(change: Any, capture: Any) -> None:
+    optimizer, graph = captured(capture)
+    graph.replay()
+    assert not stale(optimizer)
+    change(optimizer)
+    optimizer.step()
+    before, k = weights(optimizer), optimizer.metrics()["step"].tolist()
+    graph.replay()
+    assert all(map(torch.equal, weights(optimizer), before))
+    assert optimizer.metrics()["step"].tolist() == k
+    assert stale(optimizer)
+
+
+def test_clipping_that_comes_later_needs_a_new_capture(capture: Any) -> None:
+    optimizer, graph = captured(capture, max_grad_norm=None)
+    optimizer.max_grad_norm = 1.0
+    optimizer.step()
+    graph.replay()
+    assert stale(optimizer)
+
+
+def test_a_graph_captured_again_is_right(capture: Any) -> None:
+    optimizer, _ = captured(capture)
+    other = make("reference")
+    other.step()
+    for o in (optimizer, other):
+        o.max_grad_norm = None
+        o.step()
+    graph = Graph()
+    with capture(graph):
+        optimizer.step()
+    graph.replay()
+    other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= TRITON_STEP
+
+
+def test_a_hyperparameter_changed_just_before_a_capture_is_refused(capture: Any) -> None:
+    optimizer = make("triton")
+    optimizer.step()
+    optimizer.param_groups[0]["eps"] = 0.1
+    with capture(Graph()), pytest.raises(RuntimeError, match="make one step before the capture"):
+        optimizer.step()
+
+
+def test_two_captures_without_a_step_between_are_refused(capture: Any) -> None:
+    optimizer, _ = captured(capture)
+    with capture(Graph()), pytest.raises(RuntimeError, match="before every capture"):
+        optimizer.step()
+    optimizer.step()
+    with capture(Graph()):
+        optimizer.step()
+
+
+def test_a_group_added_later_leaves_the_graph_its_memory(capture: Any) -> None:
+    optimizer, graph = captured(capture)
+    new = nn.Parameter(torch.ones(3))
+    new.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [new]})
+    optimizer.step()
+    before = weights(optimizer)
+    graph.replay()
+    assert all(map(torch.equal, weights(optimizer), before))
+
+
+def test_gradients_of_the_graph_are_its_own(capture: Any) -> None:
+    optimizer, graph = captured(capture)
+    params = optimizer.param_groups[0]["params"]
+    static = [p.grad for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, 7.0)
+    optimizer.step()
+    for grad in static:
+        grad.zero_()
+    graph.replay()
+    assert optimizer.metrics()["grad_norm"].item() == 0
