@@ -1,4 +1,4 @@
-"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr info`."""
+"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr plot`, `fusedlr info`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from types import ModuleType
 
-from fusedlr import __version__, demo
+from fusedlr import __version__, demo, plot
 
 # the checkout, or where the package is installed
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     bench = bench_package()
     bench.add_arguments(bench_parser)
+    plot_parser = commands.add_parser(
+        "plot",
+        help="draw learning rate schedules here or into a picture",
+        description="Draw one or several learning rate schedules, here or into a PNG or SVG. "
+        "For example: fusedlr plot cosine linear --warmup-steps 200 --total-steps 4000 --peak 1e-5",
+    )
+    plot.add_arguments(plot_parser)
     commands.add_parser("info", help="versions, devices, and which backend would run; for bug reports")
 
     args = parser.parse_args(argv)
@@ -53,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.run(args, demo_parser)
     if args.command == "bench":
         return bench.run(args, bench_parser)
+    if args.command == "plot":
+        return plot.run(args, plot_parser)
     print(info())
     return 0
 
