@@ -93,6 +93,11 @@ def info() -> str:
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
     lines.append(
+        f"torch was built for CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"
+    )
+    # they change what runs, and are easily forgotten in a shell
+    lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("FUSEDLR_")]
+    lines.append(
         f"CPU threads {torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
     )
     devices = [torch.device("cpu")]
@@ -100,11 +105,17 @@ def info() -> str:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
     for i in range(torch.cuda.device_count()):
-        lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}")
+        gpu = torch.cuda.get_device_properties(i)
+        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
         devices.append(torch.device("cuda", i))
     for device in devices:
-        lines.append(f"on {device}: backend {backends.choose('auto', [device]).name}")
+        try:
+            lines.append(f"on {device}: backend {backends.choose('auto', [device]).name}")
+        except (RuntimeError, ValueError) as error:
+            lines.append(f"on {device}: no backend: {error}")
         lines += [f"  {name}: {why}" for name, why in backends.reasons([device]).items() if why]
+    if len(devices) > 1:
+        lines.append("float64 tensors on a GPU run through the reference step")
     return "\n".join(lines)
 
 
