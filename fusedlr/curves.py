@@ -13,6 +13,8 @@ from fusedlr.schedule import Schedule
 _POINTS = 2_000
 # a tenth of a second
 _TABLE_POINTS = 100_000
+# so many updates are drawn as dots too
+_FEW = 20
 # updates drawn of a schedule without an end, where no other says how many
 _ENDLESS = 1_000
 # curves in a terminal, in the order given
@@ -101,9 +103,14 @@ def picture(
     for i, (name, schedule) in enumerate(schedules.items()):
         drawn = steps(schedule, last, first)
         rates = [schedule.lr_at(k, 1.0 if peak is None else peak) for k in drawn]
-        # later curves are thinner, so that one beneath stays visible
+        # later curves are thinner, so that one beneath stays visible; few updates are shown one by one
         axes.plot(
-            drawn, rates, color=COLOURS[i % len(COLOURS)], linewidth=max(1.2, 3.0 - 0.6 * i), label=name
+            drawn,
+            rates,
+            color=COLOURS[i % len(COLOURS)],
+            linewidth=max(1.2, 3.0 - 0.6 * i),
+            marker="o" if len(drawn) <= _FEW else "",
+            label=name,
         )
     if window is None:
         axes.set_ylim(bottom=0)
