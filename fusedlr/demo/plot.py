@@ -1,8 +1,9 @@
-"""The picture: training loss, learning rate and the distance from stock, over the updates."""
+"""The pictures: loss, learning rate and distance from stock over the updates, and a schedule after a skip."""
 
 from pathlib import Path
 
 from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
+from fusedlr.demo.skips import Skip
 
 # colours that stay apart for colour-blind readers (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
@@ -46,6 +47,29 @@ def draw(results: list[Result], schedule: str, path: Path) -> None:
     for axes in (losses, rates, gaps):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_skip(skip: Skip, path: Path) -> None:
+    """Write the picture of the rates around a skipped step to `path`, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT / 3), dpi=DPI, layout="constrained")
+    updates = range(1, len(skip.meant) + 1)
+    axes.plot(updates, skip.meant, color=GREY, linewidth=1, label="meant")
+    axes.plot(updates, skip.stock.rates, color=BLUE, linewidth=2, label="stock AdamW and scheduler")
+    axes.plot(updates, skip.fusedlr.rates, color=ORANGE, label="fusedlr", **_markers(len(updates)))
+    axes.set_title("learning rate of every update made; one step was skipped for an overflow")
+    axes.set_xlabel("update")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
     figure.savefig(path)
     pyplot.close(figure)
 
