@@ -67,6 +67,7 @@ def draw_skip(skip: Skip, path: Path) -> None:
     axes.set_xlabel("update")
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend()

@@ -100,8 +100,8 @@ def not_faster(results: list[Result]) -> str:
     faster = f"{stock_ms / ours_ms:.1f} times as fast" if ours_ms < stock_ms else "slower"
     return (
         f"what is not faster: the training. Stock's optimizer phase is {share:.1%} of an update, so no\n"
-        f"optimizer can save more here; fusedlr's is {faster}, and a whole update takes {median(ours.step_ms):.0f} ms "
-        f"against {median(stock.step_ms):.0f} ms"
+        f"optimizer can save more here; fusedlr's is {faster}, and a whole update takes\n"
+        f"{median(ours.step_ms):.0f} ms against {median(stock.step_ms):.0f} ms"
     )
 
 
