@@ -1,4 +1,4 @@
-"""For mkdocs: files beside docs/ (examples, say) are not part of the site, so links to them become their names.
+"""For mkdocs: files beside docs/ (examples, say) are no part of the site, so links to them become names.
 
 Where the pages are read in the repository the links work; tests/test_readme.py sees that they lead somewhere.
 """

@@ -57,6 +57,7 @@ def draw_skip(skip: Skip, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT / 3), dpi=DPI, layout="constrained")
     updates = range(1, len(skip.meant) + 1)
@@ -67,7 +68,7 @@ def draw_skip(skip: Skip, path: Path) -> None:
     axes.set_xlabel("update")
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
