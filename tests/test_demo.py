@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fusedlr import demo
-from fusedlr.demo import corpus, files, finetune, main, measure, options, report, skips
+from fusedlr.demo import corpus, files, finetune, main, measure, options, panel, report, skips
 
 DEMO = [sys.executable, "-m", "fusedlr", "demo"]
 # a busy machine takes several times the 40 s that the quick demo is meant to take
@@ -479,6 +479,32 @@ def test_picture_of_the_skip(tmp_path):
     assert int.from_bytes(data[16:20], "big") == 900
 
 
+def test_panel_is_left_out_where_it_would_take_too_long(resolve):
+    assert panel.left_out(resolve(), 100.0, 20.0) is None
+    assert "the demo would take 250 s with them" in panel.left_out(resolve(), 130.0, 40.0)
+    assert "--panel runs them" in panel.left_out(resolve("--quick"), 0.0, 1.0)
+    assert panel.left_out(resolve("--quick", "--panel"), 0.0, 1.0) is None
+
+
+def test_panel_runs_every_schedule_at_the_high_rate(resolve, tmp_path):
+    pytest.importorskip("matplotlib")
+    from fusedlr.demo.plot import draw_panel
+
+    asked = []
+
+    def train(run, settings, *_):
+        settings.own_schedule()
+        asked.append((settings.schedule, settings.lr, settings.warmup))
+        return result(run, 1.0)
+
+    results = panel.run(resolve(), None, None, tmp_path, train)
+    assert asked == [(name, panel.PEAK, 0 if name == "constant" else 4) for name in panel.SCHEDULES]
+    assert "constant_with_warmup" in panel.table(results) and "5.000" in panel.table(results)
+    draw_panel(results, panel.PEAK, tmp_path / "schedules.png")
+    data = (tmp_path / "schedules.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == 900
+
+
 # the whole demo
 
 
@@ -562,6 +588,7 @@ def test_demo_learns_and_agrees_with_stock(finished):
         "report.json",
         "skip.png",
     ]
+    assert values["schedules"] == {} and "schedules at a high rate: left out" in text
     assert values["skip"]["fusedlr"]["schedule"] == values["skip"]["fusedlr"]["updates"]
     for name in ("fusedlr", "stock"):
         assert (output / "checkpoints" / name / "checkpoint-25" / "adapter_model.safetensors").is_file()

@@ -76,6 +76,32 @@ def draw_skip(skip: Skip, path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_panel(results: dict[str, Result], peak: float, path: Path) -> None:
+    """Write the picture of one run per schedule to `path`, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, rates) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(WIDTH, HEIGHT * 2 / 3), dpi=DPI, layout="constrained"
+    )
+    for color, (name, result) in zip((GREY, BLUE, ORANGE), results.items(), strict=True):
+        updates = range(1, len(result.losses) + 1)
+        losses.plot(updates, result.losses, color=color, label=f"{name}: held-out {result.code:.3f}")
+        rates.plot(updates, result.lrs, color=color, label=name)
+    losses.set_title(f"three schedules at a high peak rate, {peak:g}")
+    losses.set_ylabel("training loss (nats per token)")
+    losses.legend()
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("update")
+    for axes in (losses, rates):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def _markers(count):
     """Open markers and no line, about 30 over the axis, so that a curve beneath stays visible."""
     return {

@@ -161,12 +161,17 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
+def as_values(result: Result) -> dict:
+    """A run as plain values."""
+    return {name: value for name, value in vars(result).items() if name not in ("run", "weights")}
+
+
 def as_dict(settings: Settings, base: Base, results: list[Result], seconds: dict[str, float]) -> dict:
     """Everything the demo measured, as plain values."""
     distances = compare(results)
     runs = {}
     for result in results:
-        values = {name: value for name, value in vars(result).items() if name not in ("run", "weights")}
+        values = as_values(result)
         values["optimizer_phase_ms"], values["optimizer_phase_share"] = phase(result)
         values["lr"] = {"first": result.lrs[0], "peak": max(result.lrs), "last": result.lrs[-1]}
         runs[result.run.name] = values
