@@ -12,7 +12,7 @@ CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp)
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help demo test lint bench wheel smoke gpu format clean env-gpu env-demo env-dev
+.PHONY: help demo test lint bench wheel smoke gpu format docs clean env-gpu env-demo env-dev env-docs
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -50,10 +50,16 @@ format: env-dev  ## ruff and clang-format: rewrite
 	$(RUN) -m ruff format
 	$(if $(CSRC),.venv/bin/clang-format -i $(CSRC))
 
+docs: env-docs  ## the pages of docs/ as a site in build/site, links checked
+	$(RUN) docs/make_pictures.py
+	$(RUN) tools/readme_numbers.py --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+	@echo build/site/index.html
+
 clean:  ## remove what was built and cached, except .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fusedlr/*.so .venv/.ready-*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # an existing .venv is kept unless the caller names an interpreter
-env-gpu env-demo env-dev:
+env-gpu env-demo env-dev env-docs:
 	@$(PYTHON) tools/bootstrap.py $(@:env-%=%) $(if $(filter file,$(origin PYTHON)),,--python)

@@ -1,4 +1,4 @@
-"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr info`."""
+"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr plot`, `fusedlr info`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from types import ModuleType
 
-from fusedlr import __version__, demo
+from fusedlr import __version__, demo, plot
 
 # the checkout, or where the package is installed
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     bench = bench_package()
     bench.add_arguments(bench_parser)
+    plot_parser = commands.add_parser(
+        "plot",
+        help="draw learning rate schedules here or into a picture",
+        description="Draw one or several learning rate schedules, here or into a PNG or SVG. "
+        "For example: fusedlr plot cosine linear --warmup-steps 200 --total-steps 4000 --peak 1e-5",
+    )
+    plot.add_arguments(plot_parser)
     commands.add_parser("info", help="versions, devices, and which backend would run; for bug reports")
 
     args = parser.parse_args(argv)
@@ -53,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.run(args, demo_parser)
     if args.command == "bench":
         return bench.run(args, bench_parser)
+    if args.command == "plot":
+        return plot.run(args, plot_parser)
     print(info())
     return 0
 
@@ -84,6 +93,11 @@ def info() -> str:
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
     lines.append(
+        f"torch was built for CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"
+    )
+    # they change what runs, and are easily forgotten in a shell
+    lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("FUSEDLR_")]
+    lines.append(
         f"CPU threads {torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
     )
     devices = [torch.device("cpu")]
@@ -91,11 +105,17 @@ def info() -> str:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
     for i in range(torch.cuda.device_count()):
-        lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}")
+        gpu = torch.cuda.get_device_properties(i)
+        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
         devices.append(torch.device("cuda", i))
     for device in devices:
-        lines.append(f"on {device}: backend {backends.choose('auto', [device]).name}")
+        try:
+            lines.append(f"on {device}: backend {backends.choose('auto', [device]).name}")
+        except (RuntimeError, ValueError) as error:
+            lines.append(f"on {device}: no backend: {error}")
         lines += [f"  {name}: {why}" for name, why in backends.reasons([device]).items() if why]
+    if len(devices) > 1:
+        lines.append("float64 tensors on a GPU run through the reference step")
     return "\n".join(lines)
 
 

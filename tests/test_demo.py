@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fusedlr import demo
-from fusedlr.demo import corpus, files, finetune, main, measure, options, report
+from fusedlr.demo import corpus, files, finetune, main, measure, options, panel, report, skips
 
 DEMO = [sys.executable, "-m", "fusedlr", "demo"]
 # a busy machine takes several times the 40 s that the quick demo is meant to take
@@ -409,9 +409,36 @@ def test_table(resolve):
     assert lines["lr at its peak"] == ["1.000e-03"] * 3
     assert lines["optimizer phase, ms per update"] == ["2.000"] * 3
     assert "6.900 -> 4.000 nats per token (from the cache)" in text
-    assert text.endswith("rounding") and "MORE" not in text
+    assert ": rounding\n" in text and "MORE" not in text
+    assert "Stock's optimizer phase is 2.0% of an update" in text
     assert max(map(len, text.splitlines())) <= 100
-    assert report.table(resolve(), base, four_results(ours=1e-3)).endswith("MORE THAN ROUNDING")
+    assert ": MORE THAN ROUNDING\n" in report.table(resolve(), base, four_results(ours=1e-3))
+
+
+def test_what_is_not_faster_is_said():
+    results = four_results()
+    assert "fusedlr's is slower" in report.not_faster(results)
+    results[0].phase_ms = [0.5, 1.0, 3.0]
+    text = report.not_faster(results)
+    assert "fusedlr's is 2.0 times as fast, and a whole update takes\n100 ms against 100 ms" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_after_an_overflow_only_stocks_schedule_is_ahead():
+    pytest.importorskip("transformers")
+    before = torch.random.get_rng_state()
+    skip = skips.demonstrate("cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    made = skips.ATTEMPTS - 1
+    assert (skip.fusedlr.updates, skip.fusedlr.schedule) == (made, made)
+    assert (skip.stock.updates, skip.stock.schedule) == (made, made + 1)
+    assert skip.fusedlr.rates == pytest.approx(skip.meant, rel=1e-6)
+    # stock is right up to the overflow and one update ahead after it
+    assert skip.stock.rates[: skips.OVERFLOW] == pytest.approx(skip.meant[: skips.OVERFLOW])
+    assert skip.stock.rates[skips.OVERFLOW : -1] == pytest.approx(skip.meant[skips.OVERFLOW + 1 :])
+    rows = {line[:36].strip(): line[36:].split() for line in skips.table(skip).splitlines()[1:]}
+    assert rows["updates its schedule counted"] == [str(made), str(made + 1)]
+    assert rows["updates at another rate than meant"] == ["0", str(made - skips.OVERFLOW)]
 
 
 def test_report_is_strict_json(resolve):
@@ -439,6 +466,43 @@ def test_picture_is_900_pixels_wide(tmp_path):
     data = (tmp_path / "curves.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(data[16:20], "big") == 900
+
+
+def test_picture_of_the_skip(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    from fusedlr.demo.plot import draw_skip
+
+    draw_skip(skips.demonstrate("cpu"), tmp_path / "skip.png")
+    data = (tmp_path / "skip.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(data[16:20], "big") == 900
+
+
+def test_panel_is_left_out_where_it_would_take_too_long(resolve):
+    assert panel.left_out(resolve(), 100.0, 20.0) is None
+    assert "the demo would take 250 s with them" in panel.left_out(resolve(), 130.0, 40.0)
+    assert "--panel runs them" in panel.left_out(resolve("--quick"), 0.0, 1.0)
+    assert panel.left_out(resolve("--quick", "--panel"), 0.0, 1.0) is None
+
+
+def test_panel_runs_every_schedule_at_the_high_rate(resolve, tmp_path):
+    pytest.importorskip("matplotlib")
+    from fusedlr.demo.plot import draw_panel
+
+    asked = []
+
+    def train(run, settings, *_):
+        settings.own_schedule()
+        asked.append((settings.schedule, settings.lr, settings.warmup))
+        return result(run, 1.0)
+
+    results = panel.run(resolve(), None, None, tmp_path, train)
+    assert asked == [(name, panel.PEAK, 0 if name == "constant" else 4) for name in panel.SCHEDULES]
+    assert "constant_with_warmup" in panel.table(results) and "5.000" in panel.table(results)
+    draw_panel(results, panel.PEAK, tmp_path / "schedules.png")
+    data = (tmp_path / "schedules.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") == 900
 
 
 # the whole demo
@@ -518,7 +582,14 @@ def test_demo_learns_and_agrees_with_stock(finished):
     # a schedule that is off by one update is no rounding
     gaps = values["distance_from_stock"]
     assert gaps["stock, warm-up + 1"]["weights"] > 1000 * gaps["fusedlr"]["weights"]
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "curves.png", "report.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints",
+        "curves.png",
+        "report.json",
+        "skip.png",
+    ]
+    assert values["schedules"] == {} and "schedules at a high rate: left out" in text
+    assert values["skip"]["fusedlr"]["schedule"] == values["skip"]["fusedlr"]["updates"]
     for name in ("fusedlr", "stock"):
         assert (output / "checkpoints" / name / "checkpoint-25" / "adapter_model.safetensors").is_file()
     assert "held-out loss on code, after" in text

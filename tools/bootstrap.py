@@ -1,4 +1,4 @@
-"""Make .venv ready for a make target: bootstrap.py gpu|demo|dev [--python], each holding those before it.
+"""Make .venv ready for a make target: bootstrap.py gpu|demo|dev|docs [--python]. Each holds those before it.
 
 Torch comes first and pinned: any package that needs it would pull its newest CUDA build. A Python that has a
 torch new enough lends it to .venv. Pythons too old for fusedlr must parse this file: it turns them away.
@@ -22,7 +22,7 @@ MADE = os.path.join(VENV, ".made")  # what .venv was made with; written once it 
 BUSY = os.path.join(VENV, ".busy")
 # inherited by pip: a second make waits, also for a pip that outlived the first
 LOCK = open(__file__)  # noqa: SIM115
-LEVELS = {"gpu": "", "demo": "[demo]", "dev": "[dev]"}
+LEVELS = {"gpu": "", "demo": "[demo]", "dev": "[dev]", "docs": "[dev,docs]"}
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 OLDEST_TORCH = (2, 10)
 

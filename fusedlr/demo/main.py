@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import asdict
 
 from fusedlr.demo.corpus import CorpusError
 from fusedlr.demo.files import nearest_folder, publish, temporary_folder
@@ -112,10 +113,11 @@ def _stay_offline():
 
 
 def _demo(settings: Settings) -> None:
+    from fusedlr.demo import panel, skips
     from fusedlr.demo.base import prepare_base
     from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, finetune
-    from fusedlr.demo.plot import draw
-    from fusedlr.demo.report import as_dict, table, to_json
+    from fusedlr.demo.plot import draw, draw_panel, draw_skip
+    from fusedlr.demo.report import as_dict, as_values, table, to_json
     from fusedlr.demo.tokens import prepare_data
 
     seconds = {}
@@ -133,10 +135,22 @@ def _demo(settings: Settings) -> None:
             save = trained in (FUSEDLR, STOCK)
             checkpoints = finished / "checkpoints" / trained.name if save else scratch
             results.append(finetune(trained, settings, data, base, checkpoints, save))
+        skip = skips.demonstrate(settings.device)
+        spent = time.perf_counter() - began
+        schedules = {}
+        no_panel = panel.left_out(settings, spent, results[0].seconds)
+        if no_panel is None:
+            schedules = panel.run(settings, data, base, scratch)
+            draw_panel(schedules, panel.PEAK, finished / "schedules.png")
         seconds["total"] = time.perf_counter() - began
-        (finished / "report.json").write_text(to_json(as_dict(settings, base, results, seconds)) + "\n")
+        values = as_dict(settings, base, results, seconds) | {"skip": asdict(skip)}
+        values["schedules"] = {name: as_values(result) for name, result in schedules.items()}
+        (finished / "report.json").write_text(to_json(values) + "\n")
         draw(results, settings.schedule, finished / "curves.png")
+        draw_skip(skip, finished / "skip.png")
         publish(finished, settings.output)
     print()
     print(table(settings, base, results))
+    print(f"\n{skips.table(skip)}")
+    print(f"\n{no_panel or panel.table(schedules)}")
     print(f"\n{seconds['total']:.0f} s; report in {settings.output}")

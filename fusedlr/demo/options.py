@@ -86,6 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: yes, except for the quick size)",
     )
     add(
+        "--panel",
+        action=argparse.BooleanOptionalAction,
+        help="three more runs: schedules at a high rate; left out where they would take too long "
+        "(default: yes, except for the quick size)",
+    )
+    add(
         "--output",
         type=Path,
         default=Path("fusedlr-demo"),
@@ -135,6 +141,7 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settin
         device=device,
         seed=args.seed,
         teeth=name != "quick" if args.teeth is None else args.teeth,
+        panel=name != "quick" if args.panel is None else args.panel,
         fresh=args.fresh,
         output=_output_folder(args.output, parser),
         cache=writable(args.cache or default_cache(), "--cache", parser),

@@ -1,8 +1,9 @@
-"""The picture: training loss, learning rate and the distance from stock, over the updates."""
+"""The pictures: loss, learning rate and distance from stock over the updates, and a schedule after a skip."""
 
 from pathlib import Path
 
 from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
+from fusedlr.demo.skips import Skip
 
 # colours that stay apart for colour-blind readers (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
@@ -44,6 +45,57 @@ def draw(results: list[Result], schedule: str, path: Path) -> None:
     gaps.set_xlabel("update")
     gaps.legend()
     for axes in (losses, rates, gaps):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_skip(skip: Skip, path: Path) -> None:
+    """Write the picture of the rates around a skipped step to `path`, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT / 3), dpi=DPI, layout="constrained")
+    updates = range(1, len(skip.meant) + 1)
+    axes.plot(updates, skip.meant, color=GREY, linewidth=1, label="meant")
+    axes.plot(updates, skip.stock.rates, color=BLUE, linewidth=2, label="stock AdamW and scheduler")
+    axes.plot(updates, skip.fusedlr.rates, color=ORANGE, label="fusedlr", **_markers(len(updates)))
+    axes.set_title("learning rate of every update made; one step was skipped for an overflow")
+    axes.set_xlabel("update")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_panel(results: dict[str, Result], peak: float, path: Path) -> None:
+    """Write the picture of one run per schedule to `path`, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, rates) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(WIDTH, HEIGHT * 2 / 3), dpi=DPI, layout="constrained"
+    )
+    for color, (name, result) in zip((GREY, BLUE, ORANGE), results.items(), strict=True):
+        updates = range(1, len(result.losses) + 1)
+        losses.plot(updates, result.losses, color=color, label=f"{name}: held-out {result.code:.3f}")
+        rates.plot(updates, result.lrs, color=color, label=name)
+    losses.set_title(f"three schedules at a high peak rate, {peak:g}")
+    losses.set_ylabel("training loss (nats per token)")
+    losses.legend()
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("update")
+    for axes in (losses, rates):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -49,6 +49,7 @@ class Settings:
     device: str
     seed: int
     teeth: bool
+    panel: bool
     fresh: bool
     output: Path
     cache: Path

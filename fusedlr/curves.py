@@ -1,0 +1,134 @@
+"""Schedules as curves, in a terminal and in a picture: for `fusedlr plot` and docs/make_pictures.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+from fusedlr.schedule import Schedule
+
+# points of a curve, more than a picture has columns; ends of phases are drawn besides
+_POINTS = 2_000
+# a tenth of a second
+_TABLE_POINTS = 100_000
+# so many updates are drawn as dots too
+_FEW = 20
+# updates drawn of a schedule without an end, where no other says how many
+_ENDLESS = 1_000
+# curves in a terminal, in the order given
+MARKS = "*o+x#@%&"
+# Okabe and Ito: colours that stay apart for colour-blind readers
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
+# one picture fits a page, and its letters can be read at half its size
+WIDTH, HEIGHT, DPI = 8.0, 3.6, 120
+
+
+def length(schedules: Mapping[str, Schedule]) -> int:
+    """How many updates to draw: the longest run."""
+    return max((schedule.total_steps or 0 for schedule in schedules.values()), default=0) or _ENDLESS
+
+
+def steps(schedule: Schedule, total: int, first: int = 0) -> list[int]:
+    """The steps from `first` to `total` to draw: evenly spaced, and both sides of every edge."""
+    # between the values of a table there may be anything
+    points = _TABLE_POINTS if schedule.table else _POINTS
+    chosen = {*range(first, total, math.ceil((total - first) / points)), total - 1, total}
+    for phase in schedule.phases:
+        chosen |= {k for k in (phase.begin - 1, phase.begin, phase.end) if first <= k <= total}
+        if phase.shape == "restarts":
+            # a jump back to the peak between two neighbouring updates
+            n, cycles = phase.end - phase.begin, int(phase.shape_param)
+            edges = (phase.begin - (-n * i // cycles) for i in range(1, min(cycles, _POINTS)))
+            chosen |= {k for edge in edges for k in (edge - 1, edge) if first <= k <= total}
+    return sorted(chosen)
+
+
+def text(schedules: Mapping[str, Schedule], peak: float, width: int = 80, height: int = 15) -> list[str]:
+    """Lines of a terminal with all curves; where they meet, the first is in front."""
+    total = length(schedules)
+    curves = {
+        name: [(k, schedule.lr_at(k, peak)) for k in steps(schedule, total)]
+        for name, schedule in schedules.items()
+    }
+    top = max(value for curve in curves.values() for _, value in curve) or 1.0
+    margin = max(len(f"{top:.3g}"), 4)
+    columns = width - margin - 2
+    grid = [[" "] * columns for _ in range(height)]
+    for mark, curve in reversed(list(zip(MARKS, curves.values(), strict=False))):
+        _trace(grid, [(k / total * (columns - 1), (1 - y / top) * (height - 1)) for k, y in curve], mark)
+    labels = {0: f"{top:.3g}", (height - 1) // 2: f"{top * (1 - (height - 1) // 2 / (height - 1)):.3g}"}
+    labels[height - 1] = "0"
+    lines = [f"{labels.get(i, ''):>{margin}} |{''.join(row)}".rstrip() for i, row in enumerate(grid)]
+    end = f"update {total:,}"
+    lines.append(" " * (margin + 1) + "+" + "-" * columns)
+    lines.append(" " * (margin + 2) + "0" + end.rjust(columns - 1))
+    return lines
+
+
+def _trace(grid: list[list[str]], points: list[tuple[float, float]], mark: str) -> None:
+    """Mark the polygon through `points` (column, row), one mark per column or row whichever is denser."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        pieces = max(1, round(max(abs(x1 - x0), abs(y1 - y0))))
+        for i in range(pieces + 1):
+            x, y = x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces
+            grid[round(y)][round(x)] = mark
+
+
+def picture(
+    schedules: Mapping[str, Schedule],
+    peak: float | None,
+    path: Path,
+    *,
+    title: str = "",
+    window: tuple[int, int] | None = None,
+) -> None:
+    """Write all curves to `path`, by its suffix a PNG or an SVG; needs matplotlib.
+
+    Args:
+        schedules: name in the legend -> schedule.
+        peak: peak learning rate; None draws shares of it.
+        path: the file, replaced if it is there.
+        title: a line above.
+        window: first and last step to draw, by default the whole of the longest run.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first, last = window or (0, length(schedules))
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, schedule) in enumerate(schedules.items()):
+        drawn = steps(schedule, last, first)
+        rates = [schedule.lr_at(k, 1.0 if peak is None else peak) for k in drawn]
+        # later curves are thinner, so that one beneath stays visible; few updates are shown one by one
+        axes.plot(
+            drawn,
+            rates,
+            color=COLOURS[i % len(COLOURS)],
+            linewidth=max(1.2, 3.0 - 0.6 * i),
+            marker="o" if len(drawn) <= _FEW else "",
+            label=name,
+        )
+    if window is None:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("update k")
+    axes.set_ylabel("share of the peak" if peak is None else "learning rate")
+    if peak is not None:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: object, path: Path) -> None:
+    import matplotlib
+
+    vector = path.suffix.lower() == ".svg"
+    # no date and no random names: the same curves give the same file
+    with matplotlib.rc_context({"svg.hashsalt": "fusedlr"}):
+        figure.savefig(path, metadata={"Date": None} if vector else None)  # type: ignore[attr-defined]

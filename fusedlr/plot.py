@@ -1,0 +1,175 @@
+"""`fusedlr plot`: schedules drawn in the terminal or into a picture, and described in words.
+
+Mistakes end in `parser.error`: one line and exit code 2. Needs neither torch nor, in a terminal, matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fusedlr import curves, spec
+from fusedlr.console import number, writable
+from fusedlr.schedule import Schedule
+
+FORMATS = (".png", ".svg")
+# a terminal wider than this makes curves flat
+WIDEST = 100  # columns
+# the run of the README
+TOTAL_STEPS = 4000
+WARMUP = 0.05  # of the run, the least that fine-tuning guides agree on
+DECAY = 0.1  # of the run, for schedules whose decay has a length of its own
+FLOOR = 0.1  # of the peak, where a floor must be given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fusedlr plot` to `parser`."""
+    count = number(int, 1, 10_000_000)
+    add = parser.add_argument
+    add(
+        "specs",
+        nargs="*",
+        metavar="SCHEDULE",
+        help="name, or name(argument=value, ...) in quotes; several are drawn together, and commas separate "
+        f"them too. Arguments may have transformers' names. Names: {', '.join(spec.NAMES)} (default: cosine)",
+    )
+    add(
+        "--warmup-steps",
+        type=number(float, 0, 10_000_000),
+        help="updates of warm-up; below 1 a share of the run (default: 0.05)",
+    )
+    add("--total-steps", type=count, help="updates in the run (default: 4000)")
+    add("--decay-steps", type=count, help="updates of warmup_stable_decay's decay (default: a tenth)")
+    add(
+        "--min-lr-ratio",
+        type=number(float, 0, 1),
+        help="floor as a share of the peak (default: 0.1 where a floor must be given, else 0)",
+    )
+    add(
+        "--peak",
+        type=number(float, 0, 1e6, above=True),
+        help="peak learning rate (default: none, rates are shares of the peak)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write a picture, .png or .svg, instead of drawing here (default: draw here)",
+    )
+    add("--describe", action="store_true", help="say in words what each schedule gives (default: no)")
+    add(
+        "--width",
+        type=number(int, 40, 500),
+        help="columns to draw in (default: the terminal's, at most 100)",
+    )
+    add("--height", type=number(int, 5, 200), default=15, help="rows to draw in (default: %(default)s)")
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Draw what was asked for; returns the exit code."""
+    schedules = _schedules(args, parser)
+    # absolute levels are shares of a peak of 1 where none is given
+    peak = 1.0 if args.peak is None else args.peak
+    try:
+        for schedule in schedules.values():
+            schedule.resolve(peak)
+    except ValueError as error:
+        parser.error(f"argument --peak: {error}")
+    if args.out is not None:
+        path = _out(args.out, parser)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            curves.picture(schedules, args.peak, path)
+        except OSError as error:
+            parser.error(f"argument --out: cannot write {path}: {error.strerror}")
+        print(path)
+    else:
+        width = args.width or min(WIDEST, shutil.get_terminal_size((80, 24)).columns)
+        # a window too narrow for the axis is drawn over its edge rather than not at all
+        lines = curves.text(schedules, peak, max(width, 40), args.height)
+        print("\n".join([*lines, "", *_legend(schedules, peak)]))
+    if args.describe:
+        print("\n" + "\n\n".join(schedule.describe(args.peak) for schedule in schedules.values()))
+    return 0
+
+
+def _legend(schedules: dict[str, Schedule], peak: float) -> list[str]:
+    """A line for every curve: its mark, and the rate of the first and last update."""
+    total = curves.length(schedules)
+    return [
+        f"{mark} {name}: first update {schedule.lr_at(0, peak):.3g}, "
+        f"last {schedule.lr_at((schedule.total_steps or total) - 1, peak):.3g}"
+        for mark, (name, schedule) in zip(curves.MARKS, schedules.items(), strict=False)
+    ]
+
+
+def _schedules(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Schedule]:
+    """Every schedule asked for, under the text that asks for it."""
+    asked = dict.fromkeys(text for argument in args.specs or ["cosine"] for text in spec.split(argument))
+    if len(asked) > len(curves.MARKS):
+        parser.error(f"argument SCHEDULE: at most {len(curves.MARKS)} schedules fit in one drawing")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            specs = [spec.parse(text) for text in asked]
+            _check_used(args, specs, parser)
+            found = {one.text: one.build(_defaults(args, one)) for one in specs}
+        except spec.SpecError as error:
+            parser.error(f"argument SCHEDULE: {error}")
+    for message in {str(warning.message) for warning in warned}:
+        print(f"{parser.prog}: warning: {message}", file=sys.stderr)
+    return found
+
+
+def _check_used(args: argparse.Namespace, specs: list[spec.Spec], parser: argparse.ArgumentParser) -> None:
+    """An option that no schedule takes is a mistake."""
+    for option in ("warmup_steps", "total_steps", "decay_steps", "min_lr_ratio"):
+        if getattr(args, option) is not None and not any(option in one.takes for one in specs):
+            names = ", ".join(one.name for one in specs)
+            parser.error(f"argument --{option.replace('_', '-')}: not an argument of {names}")
+
+
+def _defaults(args: argparse.Namespace, one: spec.Spec) -> dict[str, Any]:
+    """What the options give a schedule, beside its own arguments."""
+    total = args.total_steps or TOTAL_STEPS
+    warmup = WARMUP if args.warmup_steps is None else args.warmup_steps
+    values: dict[str, Any] = {
+        "warmup_steps": int(warmup) if float(warmup).is_integer() else warmup,
+        "total_steps": total,
+        "decay_steps": args.decay_steps or max(1, round(DECAY * total)),
+    }
+    if "min_lr" in one.given:
+        # the two exclude each other
+        pass
+    elif args.min_lr_ratio is not None:
+        values["min_lr_ratio"] = args.min_lr_ratio
+    elif one.name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        values["min_lr_ratio"] = FLOOR
+    if "stable_steps" in one.given and args.total_steps is None:
+        # the run is the sum of its phases, and warm-up has no other run to be a share of
+        del values["total_steps"]
+        values["warmup_steps"] = math.ceil(total * warmup) if warmup < 1 else int(warmup)
+    if one.name == "table":
+        # the values say how many there are
+        del values["total_steps"]
+    return values
+
+
+def _out(path: Path, parser: argparse.ArgumentParser) -> Path:
+    if path.suffix.lower() not in FORMATS:
+        parser.error(f"argument --out: {path} must end in {' or '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error(
+            "argument --out: a picture needs matplotlib: pip install 'fusedlr[plot]'; "
+            "without --out the curves are drawn here"
+        )
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        parser.error(f"argument --out: {path} is a folder")
+    return writable(path.parent, "--out", parser) / path.name

@@ -1,0 +1,147 @@
+"""Schedules from text, as the command line takes them: `cosine` or `cosine(200, 4000, min_lr_ratio=0.1)`.
+
+The text is parsed, never run: a name of ours or of transformers, and literal values. `fusedlr plot` calls it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fusedlr
+from fusedlr.schedule import Schedule
+
+# the arguments that every scheduler of transformers shares; the others are in `fusedlr.convert`
+_SHARED = {"num_warmup_steps": "warmup_steps", "num_training_steps": "total_steps"}
+# `total_steps` counts updates; everything else in lower case is a constructor
+NAMES = sorted(
+    name
+    for name, module in fusedlr._PUBLIC.items()
+    if module == "schedule" and name.islower() and name != "total_steps"
+)
+
+
+class SpecError(ValueError):
+    """A text that is no schedule; the message says why, in one line."""
+
+
+def split(text: str) -> list[str]:
+    """The specs in `text`, which commas outside brackets separate.
+
+    >>> split("cosine, linear(10, 100),constant")
+    ['cosine', 'linear(10, 100)', 'constant']
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A constructor and the arguments that a text gives it, under our names.
+
+    Attributes:
+        text: what was parsed, for messages.
+        name: the constructor.
+        given: the arguments.
+    """
+
+    text: str
+    name: str
+    given: Mapping[str, Any]
+
+    @property
+    def takes(self) -> list[str]:
+        """Every argument the constructor has."""
+        return list(_parameters(self.name))
+
+    def build(self, defaults: Mapping[str, Any] | None = None) -> Schedule:
+        """The schedule, with `defaults` for arguments it takes and the text does not give.
+
+        Raises:
+            SpecError: the constructor refuses its arguments.
+        """
+        filled = {key: value for key, value in (defaults or {}).items() if key in self.takes}
+        try:
+            return _constructor(self.name)(**{**filled, **self.given})
+        # not only ValueError: a literal may be of any type
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SpecError(f"{self.text}: {error}") from None
+
+
+def parse(text: str) -> Spec:
+    """What `text` says, checked as far as that goes without a value.
+
+    Raises:
+        SpecError: the text is no schedule's name or call.
+
+    >>> parse("linear(10, num_training_steps=100)").build()
+    linear(warmup_steps=10, total_steps=100)
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    # the parser's limits on nesting and size are errors of their own
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise SpecError(f"{text!r} is not a name or name(argument=value, ...)") from None
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise SpecError(f"{text!r} is not a name or name(argument=value, ...)")
+    name = call.func.id
+    if name not in NAMES:
+        raise SpecError(f"{name!r} is no schedule: {_hint(name, NAMES)}")
+    pairs = [(_translated(name, keyword.arg, text), keyword.value) for keyword in call.keywords]
+    args = [_literal(value, text) for value in call.args]
+    kwargs = {key: _literal(value, text) for key, value in pairs}
+    if len(kwargs) < len(pairs):
+        raise SpecError(f"{text}: an argument is given twice")
+    try:
+        bound = inspect.signature(_constructor(name)).bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise SpecError(f"{text}: {error}") from None
+    return Spec(text, name, bound.arguments)
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise SpecError(f"{text}: {ast.unparse(node)} is not a plain value") from None
+
+
+def _constructor(name: str) -> Callable[..., Schedule]:
+    build: Callable[..., Schedule] = getattr(fusedlr, name)
+    return build
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_constructor(name)).parameters
+
+
+def _translated(name: str, key: str | None, text: str) -> str:
+    """Our name of an argument, which may be given by transformers' name."""
+    if key is None:
+        raise SpecError(f"{text}: ** has no place here")
+    parameters = _parameters(name)
+    if key in parameters:
+        return key
+    # here, because it imports torch, which takes seconds
+    from fusedlr.convert import _HF
+
+    ours = {**_SHARED, **_HF.get(name, (None, {}))[1]}.get(key)
+    if ours is None or ours not in parameters:
+        raise SpecError(f"{name} has no argument {key!r}: {_hint(key, list(parameters) or ['none'])}")
+    return ours
+
+
+def _hint(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

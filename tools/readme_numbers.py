@@ -1,0 +1,156 @@
+"""Fills in the numbers of the README and of docs/schedules.md from bench/results/ and from the package.
+
+`python tools/readme_numbers.py` rewrites what stands between the markers `<!-- numbers: NAME -->` and
+`<!-- end of numbers -->`; `--check` changes nothing and fails where it would.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "schedules.md")
+MARKED = re.compile(r"(<!-- numbers: (\w+) -->\n)(.*?)(<!-- end of numbers -->)", re.S)
+INVENTORIES = ("tiny", "llama-2-7b-qv-r8", "llama-3-8b-all-r8", "llama-2-7b-all-r16")
+# runs of the demo, and how the README calls them
+RUNS = {
+    "fusedlr": "fusedlr, `{backend}`",
+    "stock": "stock, fused",
+    "stock, foreach": "stock, foreach",
+    "stock, warm-up + 1": "stock, warm-up one update longer",
+}
+PEAK, WARMUP, TOTAL = 2e-4, 200, 4000  # of the README's example
+
+
+def table(rows: Iterable[Iterable[str]]) -> str:
+    """Rows as a Markdown table; the first is its head."""
+    head, *rest = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rest, ""])
+
+
+def demo() -> str:
+    """What the demo measured."""
+    report = json.loads((RESULTS / "demo.json").read_text())
+    runs, distances = report["runs"], report["distance_from_stock"]
+    config, machine = report["config"], report["machine"]
+    names = [name for name in RUNS if name in runs]
+    rows = [
+        ["", *(RUNS[name].format(**runs[name]) for name in names)],
+        [
+            f"held-out loss on code, {report['base']['code']:.4f} before",
+            *(f"{runs[name]['code']:.4f}" for name in names),
+        ],
+        [
+            "mean difference of a weight from stock, fused",
+            *(f"{distances[name]['weights']:.1e}" if name in distances else "0" for name in names),
+        ],
+        ["clip, step and scheduler, ms per update", *(f"{phase(runs[name]):.1f}" for name in names)],
+        ["share of the update", *(f"{runs[name]['optimizer_phase_share']:.1%}" for name in names)],
+    ]
+    return (
+        f"`make demo` on {machine['processor']}, {machine['threads']} threads, torch "
+        f"{report['versions']['torch']}: {config['steps']} LoRA updates, {config['schedule']}, "
+        f"{report['seconds']['total']:.0f} s in all.\n\n{table(rows)}"
+    )
+
+
+def phase(run: dict[str, Any]) -> float:
+    return float(run["optimizer_phase_ms"])
+
+
+def benchmark() -> str:
+    """The last run of the benchmark on a CPU whose idle threads sleep."""
+    runs = json.loads((RESULTS / "step.json").read_text())
+    chosen = [
+        one for one in runs if one["device"] == "cpu" and one["environment"]["omp_wait_policy"] == "PASSIVE"
+    ]
+    run = chosen[-1]
+    where = run["environment"]
+    rows = [["adapters of", "tensors", "parameters", "stock, ms", "fusedlr, ms", "times as fast (quartiles)"]]
+    results = {result["inventory"]: result for result in run["inventories"]}
+    for name in INVENTORIES:
+        result = results[name]
+        by_name = {row["provider"]: row for row in result["rows"]}
+        ours, stock, ratio = by_name[run["backend"]], by_name["fused"], by_name[run["backend"]]["ratio"]
+        rows.append(
+            [
+                result["label"],
+                str(result["tensors"]),
+                count(result["parameters"]),
+                f"{stock['ms']['median']:.3g}",
+                f"{ours['ms']['median']:.3g}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            ]
+        )
+    return (
+        f"`fusedlr bench` on {where['processor']}, {where['threads']} threads, "
+        f"torch {where['packages']['torch']}, {where['date'][:10]}, `OMP_WAIT_POLICY=PASSIVE`: clipping, "
+        f"`AdamW(fused=True)` and `LambdaLR` against one fusedlr step, fp32.\n\n{table(rows)}"
+    )
+
+
+def count(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
+
+
+def schedules() -> str:
+    """What the first, highest and last update get, of every constructor."""
+    from fusedlr import spec
+
+    options = {
+        "warmup_steps": WARMUP,
+        "total_steps": TOTAL,
+        "decay_steps": 400,
+        "min_lr_ratio": 0.1,
+        "num_cycles": 2,
+    }
+    # the floor where it must be given, the cycles where they are the point
+    needed = {
+        "cosine_with_min_lr": ("min_lr_ratio",),
+        "cosine_warmup_with_min_lr": ("min_lr_ratio",),
+        "cosine_with_restarts": ("num_cycles",),
+        "warmup_stable_decay": ("decay_steps",),
+    }
+    rows = [["", "first update", "peak reached at k =", "half-way, k = 2,000", "last update, k = 3,999"]]
+    for name in spec.NAMES:
+        if name == "table":
+            continue
+        keys = ("warmup_steps", "total_steps", *needed.get(name, ()))
+        schedule = spec.parse(name).build({key: options[key] for key in keys})
+        top = next(k for k in range(TOTAL) if schedule.lr_at(k) == 1)
+        extra = ", ".join(f"{key}={options[key]:g}" for key in needed.get(name, ()))
+        values = [f"{schedule.lr_at(k, PEAK):.3g}" for k in (0, TOTAL // 2, TOTAL - 1)]
+        rows.append([f"`{name}`" + (f", {extra}" if extra else ""), values[0], f"{top}", *values[1:]])
+    return table(rows)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "benchmark": benchmark, "schedules": schedules}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked section as it should be."""
+    return MARKED.sub(lambda found: found[1] + SECTIONS[found[2]]() + found[4], text)
+
+
+def main(arguments: list[str]) -> int:
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    if arguments == ["--check"]:
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} does not have the numbers of bench/results")
+        return 1 if stale else 0
+    for page in stale:
+        page.write_text(filled(page.read_text()))
+        print(f"{page.relative_to(ROOT)} has new numbers")
+    return 0
+
+
+if __name__ == "__main__":
+    # the checkout, installed or not
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv[1:]))
