@@ -121,7 +121,7 @@ class Launcher:
             self._key = key
         group_of = [i for i, count in enumerate(counts) for _ in range(count)]
         of = [_tensors(row, size, group) for row, size, group in zip(rows, sizes, group_of, strict=True)]
-        if self._captured and not self._captured_rows.issuperset(of):
+        if self._captured_rows and not self._captured_rows.issuperset(of):
             self._outdate()
         self._rows = list(chain.from_iterable(of))
 
@@ -161,7 +161,7 @@ class Launcher:
         step_args = *tables, *blocks, self._norms, self._tickets, grad_scale, found_inf, alive
         if capturing(self.device):
             # a replay reads them long after the next step has got others
-            self._captured.append((norm_args, step_args, self._rates))
+            self._captured.append((norm_args, step_args, self._rates, [group.lr for group in groups]))
             self._captured_frame = frame
             width = len(TENSORS)
             self._captured_rows.update(zip(*(self._rows[i::width] for i in range(width)), strict=True))
@@ -185,6 +185,11 @@ class Launcher:
 
     def _outdate(self) -> None:
         """Let the launches captured so far do nothing when they are replayed."""
+        if capturing(self.device):
+            # the device would hear of it in a replay only
+            raise RuntimeError(
+                "tensors have changed since the last step outside the CUDA graph: make one before capturing"
+            )
         self._generation.advance()
         self._captured_rows.clear()
         self._captured_frame = None
@@ -199,8 +204,10 @@ class Launcher:
         compiled = self._compiled.get(key)
         if compiled is None:
             options = _options(self.device.type, amsgrad)
-            # None in the interpreter
-            self._compiled[key] = kernel[(bucket.programs,)](*args, **options)
+            launched = kernel[(bucket.programs,)](*args, **options)
+            # None in the interpreter; Triton 3.9 may compile in the background
+            wait = getattr(launched, "result", None)
+            self._compiled[key] = launched if wait is None else wait()
         else:
             compiled[(bucket.programs, 1, 1)](*args)
 

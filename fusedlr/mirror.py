@@ -76,6 +76,9 @@ class Mirror:
             k, _, in_row, _ = self._counters.counts.tolist()
             self.tell(k, in_row)
             return
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # nobody may be asked about events then
+            return
         if self._in_flight is not None:
             if not self._in_flight.arrived.query():
                 return
@@ -84,7 +87,8 @@ class Mirror:
         values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         values.copy_(packed, non_blocking=True)
         arrived = torch.Event(device)
-        arrived.record()
+        # of the counters' device, which may not be the current one
+        arrived.record(torch.accelerator.current_stream(device))
         self._in_flight = _Copy(values, arrived, list(self._advances))
 
     def _take(self, values: Tensor, advances: list[int]) -> None:

@@ -304,9 +304,10 @@ class FusedAdamW(Optimizer):
         written = [id(group) in self._notes.writes for group in groups]
         steps = [self._group_step(i, group, written[i], fresh) for i, group in enumerate(groups)]
         normed = [step.max_grad_norm is not None or step.skip_nonfinite for step in steps]
-        rows = self._plan.gather(groups, self.state, normed)
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._check_capture(fresh)
+            # what is made during a capture is made by a replay, or never
+            self._check_capture(fresh=not self._plan.is_ready(groups, self.state))
+        rows = self._plan.gather(groups, self.state, normed)
         self._place_counters()
         steps = [replace(step, rows=some) for step, some in zip(steps, rows, strict=True)]
         scheduled = [group.get("schedule") is not None for group in groups]

@@ -91,6 +91,20 @@ class Plan:
         if self._pack is not None and self._pack.watch is not None:
             self._pack.watch.release()
 
+    def is_ready(self, groups: list[dict[str, Any]], state: State) -> bool:
+        """Whether `gather` would make nothing new: every parameter has its state, and the state its place."""
+        params = [(p, group["amsgrad"]) for group in groups for p in trainable([group])]
+        return len(params) == len(self._steps) and all(
+            self._has_place(p) and self._is_complete(p, state.get(p) or {}, amsgrad) for p, amsgrad in params
+        )
+
+    def _is_complete(self, p: Tensor, entry: dict[str, Any], amsgrad: bool) -> bool:
+        moments = [entry.get(key) for key in _moments(amsgrad)]
+        return entry.get("step") is self._steps[p] and all(
+            isinstance(m, Tensor) and m.dtype == torch.promote_types(m.dtype, self.state_dtype(p))
+            for m in moments
+        )
+
     def forget(self) -> None:
         """Pack anew at the next step."""
         self._pack = None
@@ -126,8 +140,7 @@ class Plan:
         return torch.float32
 
     def _ensure_state(self, p: Tensor, entry: dict[str, Any], amsgrad: bool) -> None:
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-        for key in keys:
+        for key in _moments(amsgrad):
             # a model made fp64 after its first step has fp32 moments
             if key in entry and entry[key].dtype != torch.promote_types(
                 entry[key].dtype, self.state_dtype(p)
@@ -165,6 +178,10 @@ class Plan:
         if view is None or view.device != p.device:
             return False
         return view.data_ptr() == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
+
+
+def _moments(amsgrad: bool) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
 def _views(params: list[Tensor]) -> dict[Tensor, Tensor]:

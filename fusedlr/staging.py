@@ -46,7 +46,7 @@ class Table:
         return self._tensor
 
     def _upload(self, values: Sequence[Any]) -> None:
-        host = torch.tensor(values, dtype=self._dtype, device="cpu")
+        host = self._on_host(values)
         # never empty: kernels may look at the first row of nothing
         length = max(len(values), 1)
         if self._tensor.numel() != length:
@@ -58,7 +58,14 @@ class Table:
             pinned, read = self._free()
             pinned.copy_(host)
             self._tensor.copy_(pinned, non_blocking=True)
-            read.record()
+            # of the table's device, which may not be the current one
+            read.record(torch.accelerator.current_stream(self._device))
+
+    def _on_host(self, values: Sequence[Any]) -> Tensor:
+        if self._device.type == "xpu" and self._dtype == torch.int64:
+            # its addresses have the highest bit set
+            values = [x - 2**64 if x >= 2**63 else x for x in values]
+        return torch.tensor(values, dtype=self._dtype, device="cpu")
 
     def _free(self) -> tuple[Tensor, torch.Event]:
         """Pinned memory that the device is not reading."""
@@ -77,7 +84,7 @@ class Table:
                 "make one step outside the CUDA graph before every capture, with gradients for the same "
                 "parameters: what the graph needs is allocated there"
             )
-        pinned.copy_(torch.tensor(values, dtype=self._dtype, device="cpu"))
+        pinned.copy_(self._on_host(values))
         tensor = torch.empty_like(pinned, device=self._device)
         tensor.copy_(pinned, non_blocking=True)
         self._captured += pinned, tensor
