@@ -267,7 +267,9 @@ def test_fp64_runs_through_the_reference() -> None:
         return [{"params": [*params(6, dtype=torch.float64), *params(5)]}]
 
     ours, theirs = (train(backend, make) for backend in ("triton", "reference"))
-    assert difference(ours, theirs) == 0
+    assert all(map(torch.equal, all_params(ours), all_params(theirs)))
+    # what the step used is kept in fp32 here
+    assert difference(ours, theirs) <= 2**-24
 
 
 # --- launches and uploads
