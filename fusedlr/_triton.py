@@ -182,10 +182,11 @@ def update_tile(
         # a group without it may share the launch; a mask of one value leaves the accesses wide
         address = tl.load(row + TOP)
         tops = at(address, first, MOMENTS, ALIGNED)
+        # compared as a vector: the interpreter of Triton 3.9 takes a flag of one number for an integer
         if ALIGNED:
-            kept = tl.full([WIDE], 1, tl.int1) & (address != 0)
+            kept = tl.zeros([WIDE], tl.int64) + address != 0
         else:
-            kept = inside & (address != 0)
+            kept = inside & (tl.zeros([NARROW], tl.int64) + address != 0)
         top = tl.load(tops, mask=kept, other=-1.0).to(tl.float32)
     p, m, v, top = adamw(p, g, m, v, top, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2)
     write(ps, p, inside, PARAMS, ALIGNED)
