@@ -11,7 +11,7 @@ trap 'rm -rf "$away"' EXIT
 
 # a file of the package is in git, or is the module: nothing of an earlier build; no OpenMP runtime but torch's
 "$python" -m zipfile -l "$wheel" | sed -n 's/^\(fusedlr[^ ]*\) .*/\1/p' | sort >"$away/found"
-{ git ls-files fusedlr; grep -E '^fusedlr/_cpu\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
+{ git ls-files fusedlr; git ls-files 'bench/*.py' | sed 's|^|fusedlr/|'; grep -E '^fusedlr/_cpu\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
     sort >"$away/expected"
 diff "$away/expected" "$away/found"
 
@@ -24,7 +24,7 @@ echo "$sites" >"$purelib/parent.pth"
 
 cp -r tests "$away/tests"
 # the tree's settings name the tree's folders; these are what the tests need of them
-printf '[pytest]\naddopts = --strict-markers\nmarkers =\n    gpu:\n    slow:\n' >"$away/pytest.ini"
+printf '[pytest]\naddopts = --strict-markers\nmarkers =\n    gpu:\n    interpreter:\n    slow:\n' >"$away/pytest.ini"
 cd "$away"
 venv/bin/python -c "import fusedlr, sys; print(fusedlr.__file__); sys.exit(not fusedlr.__file__.startswith('$PWD/'))"
 venv/bin/fusedlr info
