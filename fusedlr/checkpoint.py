@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fusedlr.plan import parameter_name
+from fusedlr.reference import MOMENTS
 from fusedlr.schedule import Schedule
 from fusedlr.warn import warn
 
 if TYPE_CHECKING:
     from fusedlr.optimizer import FusedAdamW
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # what a group with a schedule carries beside AdamW's keys
 SCHEDULE_KEYS = ("schedule", "k", "k_at_step")
 
@@ -201,8 +201,7 @@ def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> N
                 f"group {i}: the peak is {peak:g} in the checkpoint and {mine['initial_lr']:g} here; "
                 "the checkpoint's is used"
             )
-    if lines:
-        warn("the loaded schedule is not the one asked for: " + "; ".join(lines))
+    _warn_of(lines)
 
 
 def report_lambda_lr(optimizer: FusedAdamW, state_dict: dict[str, Any], epoch: int) -> None:
@@ -225,6 +224,10 @@ def report_lambda_lr(optimizer: FusedAdamW, state_dict: dict[str, Any], epoch: i
                 f"group {i}: at k = {epoch} the checkpoint's scheduler gives {theirs:.4g} of the peak, this "
                 f"optimizer's schedule {ours:.4g}; this optimizer's is used"
             )
+    _warn_of(lines)
+
+
+def _warn_of(lines: list[str]) -> None:
     if lines:
         warn("the loaded schedule is not the one asked for: " + "; ".join(lines))
 

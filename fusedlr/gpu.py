@@ -135,9 +135,7 @@ class Launcher:
         joint: bool,
     ) -> None:
         """Launch a step on the rows last arranged, with gradients at these addresses."""
-        if counters.used.dtype != torch.float32:
-            # kernels have no fp64
-            counters.use(counters.used.float())
+        counters.use_fp32()
         if self._rates.numel() != len(groups):
             self._rates = torch.zeros(len(groups), dtype=torch.float32, device=self.device)
         ints, floats, phases = self._hyperparameters(groups, joint)

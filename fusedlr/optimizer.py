@@ -308,7 +308,7 @@ class FusedAdamW(Optimizer):
             # what is made during a capture is made by a replay, or never
             self._check_capture(fresh=not self._plan.is_ready(groups, self.state))
         rows = self._plan.gather(groups, self.state, normed)
-        self._place_counters()
+        self._place_counters(backend)
         steps = [replace(step, rows=some) for step, some in zip(steps, rows, strict=True)]
         scheduled = [group.get("schedule") is not None for group in groups]
         over = [a and b for a, b in zip(written, scheduled, strict=True)]
@@ -443,7 +443,7 @@ class FusedAdamW(Optimizer):
         if "betas" in group:
             group["betas"] = checks.betas(group["betas"])
         if "max_grad_norm" in group:
-            if self.groups == "joint":
+            if self._joint:
                 raise ValueError(
                     f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
                     "joint groups share one norm"
@@ -548,7 +548,8 @@ class FusedAdamW(Optimizer):
         For trainers that ask for the norm before the step and log it afterwards. Waits for nothing; joint
         groups only. nan while no step has needed a norm.
         """
-        self._place_counters()
+        prepared = self._prepared
+        self._place_counters(prepared.backend if prepared is not None else self._backend(warn=False))
         return self._counters.grad_norm[0]
 
     def _warn_absolute(self) -> None:
@@ -613,7 +614,7 @@ class FusedAdamW(Optimizer):
         """
         c = self._counters
         shared = {"grad_norm": c.grad_norm, "coef": c.coef, "skipped": c.skipped}
-        if self.groups == "joint":
+        if self._joint:
             shared = {name: value[0] for name, value in shared.items()}
         return {name: value.clone() for name, value in {"lr": c.lr, **shared, "step": c.k}.items()}
 
@@ -626,7 +627,7 @@ class FusedAdamW(Optimizer):
         """
         self._mirror.refresh()
         values = self._mirror.metrics
-        if self.groups == "joint":
+        if self._joint:
             return {k: list(v) if k in ("lr", "step") else v[0] for k, v in values.items()}
         return {name: list(value) for name, value in values.items()}
 
@@ -656,7 +657,7 @@ class FusedAdamW(Optimizer):
         # a model on the meta device is filled in later
         return next((p.device for p in self._trainable() if p.device.type != "meta"), default)
 
-    def _place_counters(self) -> None:
+    def _place_counters(self, backend: backends.Backend) -> None:
         """Keep the counters on the device of the first trainable parameter, and as the backend counts."""
         device = self._device(self._counters.k.device)
         if device != self._counters.k.device:
@@ -665,9 +666,8 @@ class FusedAdamW(Optimizer):
             self._prepared = None
             self._counters.counts[1:] = old.counts[1:].to(device)
             self._place_k(k)
-        backend = self._prepared.backend if self._prepared is not None else self._backend(warn=False)
-        if backend.single and self._counters.used.dtype != torch.float32:
-            self._counters.use(self._counters.used.float())
+        if backend.single:
+            self._counters.use_fp32()
 
     def _resize_counters(self, groups: int) -> None:
         old, device = self._counters, self._counters.k.device

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fusedlr.reference import Row
+from fusedlr.reference import MOMENTS, Row
 
 
 def in_order(row: Row) -> Row:
@@ -31,7 +31,7 @@ def copy_back(rows: Sequence[Row], ordered: Sequence[Row]) -> None:
     for row, copy in zip(rows, ordered, strict=True):
         if row is copy:
             continue
-        for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        for name in ("param", *MOMENTS):
             old, new = getattr(row, name), getattr(copy, name)
             if old is not None and old.data_ptr() != new.data_ptr():
                 old.copy_(new)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedlr import compiled
-from fusedlr.reference import GroupStep, Row
+from fusedlr.reference import MOMENTS, GroupStep, Row
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -181,7 +181,7 @@ class Plan:
 
 
 def _moments(amsgrad: bool) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+    return MOMENTS if amsgrad else MOMENTS[:2]
 
 
 def _views(params: list[Tensor]) -> dict[Tensor, Tensor]:
@@ -253,7 +253,7 @@ def _state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     """Why this state does not belong to this parameter."""
     if entry is not None and not isinstance(entry, dict):
         return f"its state is a {type(entry).__name__}, expected a dict"
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    for key in MOMENTS:
         if not entry or key not in entry:
             continue
         value = entry[key]

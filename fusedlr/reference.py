@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fusedlr.schedule import Schedule, evaluate
 
+# of a row, and of AdamW's state under the same names; the last only with amsgrad
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 _CLIP_EPS = 1e-6
 # uploaded tables kept per optimizer, far more than there are groups with a table of their own
@@ -141,6 +143,11 @@ class Counters:
         """Keep what a step used in another tensor of this shape."""
         self.used = used
         self.lr, self.grad_norm, self.coef = used.unbind()
+
+    def use_fp32(self) -> None:
+        """Keep what a step used in fp32, for kernels that have no fp64."""
+        if self.used.dtype != torch.float32:
+            self.use(self.used.float())
 
     @staticmethod
     def zeros(groups: int, device: torch.device) -> Counters:
