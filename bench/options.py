@@ -10,7 +10,7 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedlr.console import number, writable
+from fusedlr.console import add_device, device, number, writable
 
 from .shapes import DEFAULT, INVENTORIES, MODELS, RANKS, Inventory
 
@@ -108,12 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of parameters and gradients (default: %(default)s)",
     )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to update (default: auto, a GPU where there is one)",
-    )
+    add_device(parser, "update")
     add(
         "--out",
         type=Path,
@@ -128,18 +123,15 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settin
     inventories = _inventories(args, parser)
     import torch
 
-    gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not gpu:
-        parser.error("argument --device: cuda was asked for, but torch sees no GPU here")
-    device = "cuda" if gpu and args.device != "cpu" else "cpu"
+    on = device(args.device, parser)
     return Settings(
         inventories=inventories,
         sweep=args.sweep,
-        providers=_providers(args.providers, device, parser),
+        providers=_providers(args.providers, on, parser),
         chosen=args.providers is not None,
         clip=args.clip,
         dtype=args.dtype,
-        device=device,
+        device=on,
         threads=args.threads or torch.get_num_threads(),
         rounds=args.rounds,
         seconds=args.seconds,

@@ -22,6 +22,26 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--device`; `what` is done there."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help=f"where to {what} (default: auto, a GPU where there is one)",
+    )
+
+
+def device(asked: str, parser: argparse.ArgumentParser) -> str:
+    """What `--device` comes to here; ends in `parser.error` where there is no such thing."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if asked == "cuda" and not gpu:
+        parser.error("argument --device: cuda was asked for, but torch sees no GPU here")
+    return "cuda" if gpu and asked != "cpu" else "cpu"
+
+
 def writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
     """`path`, absolute, if something can be written there; ends in `parser.error` if not."""
     # here, because the demo imports this module

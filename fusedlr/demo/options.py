@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from fusedlr.console import number, writable
+from fusedlr.console import add_device, device, number, writable
 from fusedlr.demo.settings import SIZES, Settings
 
 # the names transformers gives its schedules, less the two that follow a metric instead of a step count
@@ -67,12 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="micro-batches per update (default: %(default)s)",
     )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to train (default: auto, a GPU where there is one)",
-    )
+    add_device(parser, "train")
     add(
         "--seed",
         type=number(int, 0, 2**32 - 1),
@@ -109,15 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
     """Check `args` and fill in what was left to default; ends in `parser.error` where they make no sense."""
-    import torch
-
     if args.quick and args.size not in (None, "quick"):
         parser.error(f"argument --quick: contradicts --size {args.size}")
-    gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not gpu:
-        parser.error("argument --device: cuda was asked for, but torch sees no GPU here")
-    device = "cuda" if gpu and args.device != "cpu" else "cpu"
-    name = "quick" if args.quick else args.size or ("large" if device == "cuda" else "small")
+    on = device(args.device, parser)
+    name = "quick" if args.quick else args.size or ("large" if on == "cuda" else "small")
     size = SIZES[name]
     steps = args.steps or size.steps
     warmup = max(1, steps // 10) if args.warmup is None else args.warmup
@@ -138,7 +128,7 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settin
         lr=args.lr or size.lr,
         warmup=warmup,
         accumulation=args.accumulation,
-        device=device,
+        device=on,
         seed=args.seed,
         teeth=name != "quick" if args.teeth is None else args.teeth,
         panel=name != "quick" if args.panel is None else args.panel,
