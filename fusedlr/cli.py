@@ -17,6 +17,8 @@ from fusedlr import __version__, demo, plot
 ROOT = Path(__file__).resolve().parent.parent
 # what a bug report should name
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
+# they change what runs, and are easily forgotten in a shell; others hold paths
+_VARIABLES = ("FUSEDLR_BACKEND", "FUSEDLR_CPU_ISA", "TRITON_INTERPRET")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,8 +97,7 @@ def info() -> str:
     lines.append(
         f"torch was built for CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"
     )
-    # they change what runs, and are easily forgotten in a shell
-    lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("FUSEDLR_")]
+    lines += [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     lines.append(
         f"CPU threads {torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
     )

@@ -29,6 +29,7 @@ def test_a_backend_that_cannot_run_is_reported(name: str, monkeypatch: pytest.Mo
     assert f"on cpu: no backend: FUSEDLR_BACKEND={name!r} " in text
 
 
-def test_it_can_be_pasted() -> None:
+def test_it_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLR_CACHE", str(cli.ROOT))
     # where the package lies is nobody's business
     assert str(cli.ROOT) not in cli.info()
