@@ -6,7 +6,7 @@
 
 namespace fusedlr {
 
-// per tensor and step, made in double; R is the precision of the arithmetic, double for fp64 tensors
+// per tensor and step, made in double where that is fast; R is the precision of the arithmetic, double for fp64 tensors
 template <class R>
 struct Scalars {
     R factor;    // unscaling times clipping, negative to maximize
@@ -24,7 +24,14 @@ FUSEDLR_HD Scalars<R> rounded(const Scalars<double>& s) {
 }
 
 // 1 - b**t, which keeps its digits at small t
-FUSEDLR_HD double bias_correction(double t, double log_b) { return -std::expm1(t * log_b); }
+template <class R>
+FUSEDLR_HD R bias_correction(double t, double log_b) {
+    const double x = t * log_b;
+    if (sizeof(R) == 8) return R(-std::expm1(x));
+    // what the rounding of x took, to first order
+    const R rounded = R(x), less = std::expm1(rounded);
+    return -(less + (less + 1) * R(x - double(rounded)));
+}
 
 // largest is the second moment's running maximum, null without amsgrad
 template <class R>

@@ -155,8 +155,8 @@ void Tensors::prepare(const std::vector<const Group*>& groups, const std::vector
                 if (skip) continue;
                 const float t = *steps_[i] += 1;
                 if (t != last) {
-                    s.lr_bc1 = lr / bias_correction(t, log_b1);
-                    s.root_bc2 = std::sqrt(bias_correction(t, log_b2));
+                    s.lr_bc1 = lr / bias_correction<double>(t, log_b1);
+                    s.root_bc2 = std::sqrt(bias_correction<double>(t, log_b2));
                     last = t;
                 }
                 scalars_[i] = s;

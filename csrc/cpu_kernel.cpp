@@ -5,76 +5,10 @@
 #include "cpu_kernel.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace fusedlr {
 namespace FUSEDLR_ISA {
 namespace {
-
-struct BF16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-
-inline float float_of(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-inline double load(double x) { return x; }
-inline float load(float x) { return x; }
-inline float load(BF16 x) { return float_of(uint32_t(x.bits) << 16); }
-
-inline float load(F16 x) {
-    const uint32_t exponent = 0x7c00u << 13;
-    const uint32_t shifted = uint32_t(x.bits & 0x7fffu) << 13;
-    const uint32_t rebiased = shifted + ((127u - 15u) << 23);
-    // subnormal: as a normal number with the hidden bit set, which is then taken off
-    const uint32_t subnormal = bits_of(float_of(rebiased + (1u << 23)) - float_of(113u << 23));
-    const uint32_t special = rebiased + ((128u - 16u) << 23);  // inf and nan
-    const uint32_t magnitude = (shifted & exponent) == exponent ? special
-                               : (shifted & exponent) == 0      ? subnormal
-                                                                : rebiased;
-    return float_of(magnitude | uint32_t(x.bits & 0x8000u) << 16);
-}
-
-// to nearest, ties to even, as torch rounds; nan becomes torch's nan
-
-inline void store(double& to, double x) { to = x; }
-inline void store(float& to, float x) { to = x; }
-inline void store(float& to, double x) { to = float(x); }
-
-inline void store(BF16& to, float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    to.bits = uint16_t(x != x ? 0x7fc0u : nearest);
-}
-
-inline void store(F16& to, float x) {
-    const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
-    // below the smallest normal number the addition rounds at the right place
-    const uint32_t magic = (127u - 15u + 23u - 10u + 1u) << 23;
-    const uint32_t subnormal = bits_of(float_of(magnitude) + float_of(magic)) - magic;
-    const uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t nearest = magnitude >= (127u + 16u) << 23 ? special
-                             : magnitude < 113u << 23        ? subnormal
-                                                             : normal;
-    to.bits = uint16_t(nearest | (bits >> 16 & 0x8000u));
-}
-
-// 16-bit parameters with fp64 moments are computed in double
-inline void store(BF16& to, double x) { store(to, float(x)); }
-inline void store(F16& to, double x) { store(to, float(x)); }
 
 template <class A, class B>
 struct Wider {

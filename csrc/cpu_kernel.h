@@ -2,13 +2,9 @@
 #pragma once
 
 #include "adamw.h"
+#include "types.h"
 
 namespace fusedlr {
-
-// the order of _TYPES in fusedlr/cpu.py
-enum Type : int { kF64, kF32, kBF16, kF16 };
-
-static inline int64_t size_of(Type type) { return type == kF64 ? 8 : type == kF32 ? 4 : 2; }
 
 // n elements of one tensor: parameter, gradient (of the parameter's type), moments
 struct Span {

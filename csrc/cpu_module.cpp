@@ -21,11 +21,12 @@ using Addresses = std::vector<uintptr_t>;
 
 template <class R>
 Schedule<R> make_schedule(
-    const std::vector<std::tuple<int64_t, int64_t, int64_t, double, double, int64_t, double>>& phases,
+    const std::vector<std::tuple<int64_t, int64_t, int64_t, double, double, int64_t, int64_t, double>>&
+        phases,
     const std::vector<double>& table) {
     Schedule<R> schedule;
-    for (const auto& [begin, end, origin, from, to, shape, shape_param] : phases)
-        schedule.phases.push_back({begin, end, origin, R(from), R(to), shape, R(shape_param)});
+    for (const auto& [begin, end, origin, from, to, shape, whole, shape_param] : phases)
+        schedule.phases.push_back({begin, end, origin, R(from), R(to), shape, whole, R(shape_param)});
     schedule.table.assign(table.begin(), table.end());
     return schedule;
 }
@@ -220,7 +221,10 @@ PYBIND11_MODULE(_cpu, module) {
         .def("same", &Watch::same)
         .def("increment_versions", &Watch::increment_versions)
         .def("release", &Watch::release)
-        .def_property_readonly("gradients", &Watch::gradients);
+        .def_property_readonly("gradients", &Watch::gradients)
+        .def_property_readonly("gradients_at",
+                               [](const Watch& watch) { return uintptr_t(watch.gradients().data()); })
+        .def_property_readonly("count", [](const Watch& watch) { return watch.gradients().size(); });
     py::class_<Kernel>(module, "Kernel").def_readonly("name", &Kernel::name);
     py::class_<Tensors>(module, "Tensors")
         .def(py::init(&make_tensors), py::arg("params"), py::arg("moments"), py::arg("sizes"), py::arg("p"),

@@ -32,33 +32,40 @@ struct Phase {
     int64_t begin, end, origin;  // steps
     R from, to;                  // ratios of the peak
     int64_t shape;
-    R shape_param;
+    int64_t whole;  // restarts, whole half waves of a cosine, or where a table begins
+    R shape_param;  // the power, the time scale, or the rest of a half wave
 };
 
-// weights of a cosine with c waves, or c restarts, after e of n steps
+// sin(pi/2 * q/n) for q of 0 to n
 template <class R>
-FUSEDLR_HD void cosine_weights(bool restarts, R c, int64_t e, int64_t n, R& w0, R& w1) {
-    const R half_pi = R(1.57079632679489661923);
-    const R half_waves = std::floor(2 * c), part = 2 * c - half_waves;
-    R low, high;  // angles from the trough and from the crest
+FUSEDLR_HD R sin_quarter(R q, R n) {
+#ifdef __CUDA_ARCH__
+    // rounds less, and has no branch for large angles, which would take local memory
+    return sinpi(q / n / 2);
+#else
+    return std::sin(R(1.57079632679489661923) / n * q);
+#endif
+}
+
+// weights of a cosine of `whole + part` half waves, or with `whole` restarts, after e of n steps
+template <class R>
+FUSEDLR_HD void cosine_weights(bool restarts, int64_t whole, R part, int64_t e, int64_t n, R& w0, R& w1) {
     if (!restarts && part != 0 && sizeof(R) == 8) {
-        high = 2 * half_pi * c * R(e) / R(n);
-        w0 = std::cos(high), w1 = std::sin(high);
+        const R angle = R(3.14159265358979323846) * ((R(whole) + part) / 2) * R(e) / R(n);
+        w0 = std::cos(angle), w1 = std::sin(angle);
     } else {
         // 0.5*(1 - cos(pi*x)) = sin(pi/2 * x)**2 has period 2 in x = q/n and is even around x = 1
-        int64_t q = restarts ? int64_t(c) * e % n : int64_t(half_waves) * e % (2 * n);
+        int64_t q = whole * e % (restarts ? n : 2 * n);
         if (restarts || part == 0) {
             if (q > n) q = 2 * n - q;
-            const R quarter = half_pi / R(n);
-            high = quarter * R(q), low = quarter * R(n - q);
+            w0 = sin_quarter(R(n - q), R(n)), w1 = sin_quarter(R(q), R(n));
         } else {
             // the rest of a half wave is not whole, but small: in float it rounds little
             if (q > n) q -= 2 * n;
             R x = std::fabs(R(q) / R(n) + part * (R(e) / R(n)));
             if (x > 1) x = 2 - x;
-            high = half_pi * x, low = half_pi * (1 - x);
+            w0 = sin_quarter(1 - x, R(1)), w1 = sin_quarter(x, R(1));
         }
-        w0 = std::sin(low), w1 = std::sin(high);
     }
     w0 *= w0, w1 *= w1;
 }
@@ -78,7 +85,7 @@ FUSEDLR_HD void phase_weights(const Phase<R>& phase, int64_t e, const R* table, 
             break;
         case kCosine:
         case kRestarts:
-            cosine_weights(phase.shape == kRestarts, c, e, n, w0, w1);
+            cosine_weights(phase.shape == kRestarts, phase.whole, c, e, n, w0, w1);
             break;
         case kPolynomial:
             w0 = std::pow(R(r) / R(n), c), w1 = 1 - w0;
@@ -93,16 +100,16 @@ FUSEDLR_HD void phase_weights(const Phase<R>& phase, int64_t e, const R* table, 
             w0 = std::sqrt(R(r) / R(n)), w1 = R(e) / R(n) / (1 + w0);
             break;
         default:
-            w1 = table[int64_t(c) + e], w0 = 1 - w1;
+            w1 = table[phase.whole + e], w0 = 1 - w1;
     }
 }
 
-// the ratio of the peak at step k: the value of the last phase begun
-template <class R>
-FUSEDLR_HD R evaluate(const Phase<R>* phases, int64_t count, const R* table, int64_t k) {
+// the ratio of the peak at step k: the value of the last phase begun; phases[i] is a Phase<R>
+template <class R, class Phases>
+FUSEDLR_HD R evaluate(const Phases& phases, int64_t count, const R* table, int64_t k) {
     int64_t i = 0;
     while (i + 1 < count && k >= phases[i + 1].begin) ++i;
-    const Phase<R>& phase = phases[i];
+    const Phase<R> phase = phases[i];
     const int64_t clamped = k < phase.begin ? phase.begin : k > phase.end ? phase.end : k;
     R w0, w1;
     phase_weights(phase, clamped - phase.origin, table, w0, w1);

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fusedlr import cpu, gpu, reference
+from fusedlr import cpu, cuda_step, reference, triton_step
 from fusedlr.warn import warn
 
 
@@ -22,7 +22,7 @@ class Backend:
     """A way to run `reference.step_`, with the same signature and the same meaning."""
 
     name: str
-    step_: Callable[..., Any] | None
+    step_: Callable[..., Any]
     # devices of the tensors -> why it cannot run there, or None if it can
     why_not: Callable[[Iterable[torch.device]], str | None]
     # whether what a step used is kept in fp32: its kernels have no fp64
@@ -31,18 +31,14 @@ class Backend:
     repeat: Callable[..., Any] = lambda groups, param_groups, *, joint: None
 
 
-def _not_built(kernel: str) -> Callable[[Iterable[torch.device]], str | None]:
-    return lambda devices: f"this version of fusedlr has no {kernel} yet"
-
-
 # fastest first: `auto` takes the first that can run
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", None, _not_built("CUDA kernel")),
         # before Triton, which on the CPU is an interpreter
         Backend("cpu", cpu.step_, cpu.why_not, repeat=cpu.repeat),
-        Backend("triton", gpu.step_, gpu.why_not, single=True),
+        Backend("cuda", cuda_step.step_, cuda_step.why_not, single=True),
+        Backend("triton", triton_step.step_, triton_step.why_not, single=True),
         Backend("reference", reference.step_, lambda devices: None),
     )
 }

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from fusedlr import compiled, reference
+from fusedlr.compiled import TYPES
 from fusedlr.order import copy_back, has_memory, in_order
 from fusedlr.plan import Pack, pack_of
 from fusedlr.reference import Counters, GroupStep, Row, Signals
 from fusedlr.schedule import SHAPES, Schedule
+from fusedlr.tables import whole_and_rest
 
-# the order of Type in csrc/cpu_kernel.h
-_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {
-    (p, p, moments, moments): (_TYPES.index(p), _TYPES.index(moments))
-    for p in _TYPES
+    (p, p, moments, moments): (TYPES.index(p), TYPES.index(moments))
+    for p in TYPES
     for moments in (torch.float64, torch.float32, p)
 }
 
@@ -175,7 +175,7 @@ def _first_step_(
 def compiled_schedule(schedule: Schedule, single: bool = False) -> Any:
     """The compiled module's view of a schedule, in double or single precision."""
     phases = [
-        (p.begin, p.end, p.origin, p.from_, p.to, SHAPES.index(p.shape), p.shape_param)
+        (p.begin, p.end, p.origin, p.from_, p.to, SHAPES.index(p.shape), *whole_and_rest(p))
         for p in schedule.phases
     ]
     return (compiled.cpu.Schedule32 if single else compiled.cpu.Schedule)(phases, schedule.table)

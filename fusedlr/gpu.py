@@ -1,19 +1,16 @@
-"""The step in Triton: fills the tables of fusedlr/tables.py and launches the kernels of fusedlr/_triton.py.
+"""The step on a GPU but for its kernels: fills the tables of fusedlr/tables.py, decides what can be read in place.
 
-`step_` has the signature and the meaning of `reference.step_`, and `Launcher` takes columns of tensors and
-their addresses from whoever has them. What the kernels cannot read in place runs through the reference.
+`step_`, with a way to launch kernels, has the signature and the meaning of `reference.step_`. What kernels
+cannot read in place runs through the reference.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from importlib import import_module
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,66 +21,49 @@ from fusedlr.order import copy_back, has_memory, in_order
 from fusedlr.plan import pack_of
 from fusedlr.reference import Counters, GroupStep, Row, Signals, TensorMath
 from fusedlr.staging import Table, capturing
-from fusedlr.tables import GROUP_INTS, PHASE_INTS, TENSORS, Bucket, Layout, pack_groups
+from fusedlr.tables import GROUP_INTS, PHASE_INTS, TENSORS, Layout, pack_groups
 
 # dtype of a parameter and its gradient, and of its moments
 Kind = tuple[torch.dtype, torch.dtype]
-# what a launch that only counts is compiled for
-_DEFAULT_KIND = torch.float32, torch.float32
 _KINDS = {
     (p, moments) for p in (torch.float32, torch.bfloat16, torch.float16) for moments in {torch.float32, p}
 }
-# what Triton itself supports
-_MIN_ARCH = 80
 
 
-@cache
-def _kernels() -> Any:
-    """The module with the kernels; importing Triton takes a while."""
-    return import_module("fusedlr._triton")
-
-
-def _target() -> Any:
-    """The device that Triton compiles for."""
-    return import_module("triton").runtime.driver.active.get_current_target()
-
-
-@cache
-def _not_here(device_type: str) -> str | None:
-    """Why Triton does not run on this type of device in this process."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-    if device_type == "cpu" and not interpreted:
-        return "on the CPU it runs in Triton's interpreter only, with TRITON_INTERPRET=1"
-    if device_type not in ("cpu", "cuda", "xpu"):
-        return f"it does not run on {device_type}"
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}): pip install triton"
-    if device_type == "cpu":
-        return None
-    if interpreted:
-        return "TRITON_INTERPRET is set: the interpreter cannot follow addresses on a GPU"
-    try:
-        # builds Triton's launcher, which takes a C compiler and the device's driver
-        target = _target()
-    except Exception as error:
-        return f"Triton finds no device to run on ({error})"
-    if target.backend == "cuda" and target.arch < _MIN_ARCH:
-        return f"Triton needs compute capability 8.0, this GPU has {target.arch / 10}"
-    return None
-
-
-def why_not(devices: Iterable[torch.device]) -> str | None:
-    """Why the Triton kernels cannot update tensors on these devices, or None if they can."""
+def why_not(devices: Iterable[torch.device], of: Callable[[torch.device], str | None]) -> str | None:
+    """Why a backend cannot update tensors on these devices, or None; `of` tells for a single one."""
     devices = set(devices)
     if len(devices) > 1:
         return "it does not run on several devices at once"
-    return next(filter(None, (_not_here(device.type) for device in devices)), None)
+    return next(filter(None, map(of, devices)), None)
+
+
+class Launch(NamedTuple):
+    """What the launches of a step are given: tables and scalars on the device, and counts."""
+
+    tensors: Tensor  # int64 (count, len(TENSORS))
+    chunks: Tensor  # int32 (programs, len(CHUNKS))
+    ints: Tensor  # int64: (groups, len(GROUP_INTS)), (phases, len(PHASE_INTS))
+    floats: Tensor  # fp32: (groups, len(GROUP_FLOATS)), (phases, len(PHASE_FLOATS)), tables
+    gradients: Any  # as `Launcher._place_gradients` returned them
+    counts: Tensor  # see reference.Counters
+    used: Tensor
+    norms: Tensor  # fp32: (groups,), then a partial sum per chunk
+    tickets: Tensor  # int32 (2,)
+    grad_scale: Tensor  # fp32 (1,)
+    found_inf: Tensor  # fp32 (1,)
+    alive: Tensor  # int32 (1,): see `Generation`
+    now: int
+    layout: Layout
+    groups: int
+    phases: int
+    count: int
+    normed: bool
+    with_amsgrad: set[Kind]
 
 
 class Launcher:
-    """What is kept of one optimizer from step to step: its tables on the device, and how to launch."""
+    """What is kept of one optimizer from step to step: its tables on the device. Subclasses launch kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -105,8 +85,7 @@ class Launcher:
         self._captured_frame: Any = None
         self._packed_from: tuple[Any, ...] = ()
         self._packed: tuple[list[int], list[float], int] = [], [], 0
-        # a launch's kernel, types and options -> what Triton compiled for them
-        self._compiled: dict[Any, Any] = {}
+        self._with_amsgrad: set[Kind] = set()
 
     def arrange(self, rows: Sequence[Row], kinds: Sequence[Kind], counts: Sequence[int], joint: bool) -> None:
         """Lay out a step on these rows, in order; the next `counts[i]` of them are group i's."""
@@ -122,19 +101,22 @@ class Launcher:
         group_of = [i for i, count in enumerate(counts) for _ in range(count)]
         of = [_tensors(row, size, group) for row, size, group in zip(rows, sizes, group_of, strict=True)]
         if self._captured_rows and not self._captured_rows.issuperset(of):
-            self._outdate()
+            self.outdate()
         self._rows = list(chain.from_iterable(of))
 
     def step(
         self,
         groups: Sequence[GroupStep],
-        gradients: list[int],
+        gradients: Any,
         counters: Counters,
         signals: Signals,
         *,
         joint: bool,
     ) -> None:
-        """Launch a step on the rows last arranged, with gradients at these addresses."""
+        """Launch a step on the rows last arranged.
+
+        `gradients`: their addresses, or a watch that has noted them.
+        """
         counters.use_fp32()
         if self._rates.numel() != len(groups):
             self._rates = torch.zeros(len(groups), dtype=torch.float32, device=self.device)
@@ -143,45 +125,52 @@ class Launcher:
         # captured launches share these two tables, new values included, while they are laid out alike
         frame = normed, phases, len(floats), self._layout.slots
         if self._captured_frame not in (None, frame):
-            self._outdate()
-        tensors = self._tensors.put(self._rows, pinned_to_graph=True)
-        grads = self._grads.put(gradients, pinned_to_graph=True)
-        chunks = self._chunks.put(self._layout.chunks, pinned_to_graph=True)
-        tables = tensors, grads, chunks, self._ints.put(ints)
-        numbers = self._floats.put(floats)
+            self.outdate()
         scale, inf = signals.grad_scale, signals.found_inf
-        grad_scale = self._one if scale is None else self._fp32(scale)
-        found_inf = self._zero if inf is None else self._flag(inf)
-        programs, count, now = self._layout.programs, len(groups), self._generation.number
-        alive = self._generation.tensor
-        norm_args = *tables, self._norms, self._tickets, grad_scale, alive
-        blocks = numbers, counters.counts, counters.used
-        step_args = *tables, *blocks, self._norms, self._tickets, grad_scale, found_inf, alive
+        launch = Launch(
+            tensors=self._tensors.put(self._rows, pinned_to_graph=True),
+            chunks=self._chunks.put(self._layout.chunks, pinned_to_graph=True),
+            ints=self._ints.put(ints),
+            floats=self._floats.put(floats),
+            gradients=self._place_gradients(gradients),
+            counts=counters.counts,
+            used=counters.used,
+            norms=self._norms,
+            tickets=self._tickets,
+            grad_scale=self._one if scale is None else self._fp32(scale),
+            found_inf=self._zero if inf is None else self._flag(inf),
+            alive=self._generation.tensor,
+            now=self._generation.number,
+            layout=self._layout,
+            groups=len(groups),
+            phases=phases,
+            count=len(self._rows) // len(TENSORS),
+            normed=normed,
+            with_amsgrad=self._with_amsgrad,
+        )
         if capturing(self.device):
             # a replay reads them long after the next step has got others
-            self._captured.append((norm_args, step_args, self._rates, [group.lr for group in groups]))
+            self._captured.append((launch, self._rates, [group.lr for group in groups]))
             self._captured_frame = frame
             width = len(TENSORS)
             self._captured_rows.update(zip(*(self._rows[i::width] for i in range(width)), strict=True))
-        kernels = _kernels()
         try:
             with self._guard():
-                for bucket in self._layout.buckets if normed else ():
-                    params, _ = bucket.key or _DEFAULT_KIND
-                    rest = now, bucket.first, programs, count, kernels.TYPES[params]
-                    self._launch(kernels.norm_kernel, bucket, (*norm_args, *rest), False)
-                for bucket in self._layout.buckets:
-                    params, moments = bucket.key or _DEFAULT_KIND
-                    amsgrad = bucket.key in self._with_amsgrad
-                    types = kernels.TYPES[params], kernels.TYPES[moments], amsgrad
-                    lengths = now, bucket.first, programs, count, phases, len(gradients)
-                    self._launch(kernels.step_kernel, bucket, (*step_args, *lengths, *types), amsgrad)
+                self._launch(launch)
         except BaseException:
             # some launches took tickets, and the last one of them will not come
             self._tickets.zero_()
             raise
 
-    def _outdate(self) -> None:
+    def _place_gradients(self, gradients: Any) -> Any:
+        """Where the kernels find the gradients' addresses."""
+        raise NotImplementedError
+
+    def _launch(self, launch: Launch) -> None:
+        """Queue the kernels of a step."""
+        raise NotImplementedError
+
+    def outdate(self) -> None:
         """Let the launches captured so far do nothing when they are replayed."""
         if capturing(self.device):
             # the device would hear of it in a replay only
@@ -191,23 +180,6 @@ class Launcher:
         self._generation.advance()
         self._captured_rows.clear()
         self._captured_frame = None
-
-    def _launch(self, kernel: Any, bucket: Bucket, args: tuple[Any, ...], amsgrad: bool) -> None:
-        """Launch a kernel; from the second time on without Triton's look at every argument.
-
-        No value is compiled in, so what was compiled once is right for all that follows. That look, a key
-        from types and values of twenty arguments, is most of a launch.
-        """
-        key = kernel, bucket.key, amsgrad
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            options = _options(self.device.type, amsgrad)
-            launched = kernel[(bucket.programs,)](*args, **options)
-            # None in the interpreter; Triton 3.9 may compile in the background
-            wait = getattr(launched, "result", None)
-            self._compiled[key] = launched if wait is None else wait()
-        else:
-            compiled[(bucket.programs, 1, 1)](*args)
 
     def _hyperparameters(
         self, groups: Sequence[GroupStep], joint: bool
@@ -224,7 +196,7 @@ class Launcher:
         return self._packed
 
     def _guard(self) -> AbstractContextManager[Any]:
-        """Make the tensors' device the current one, which Triton launches on."""
+        """Make the tensors' device the current one, which kernels are launched on."""
         if self.device.type == "cpu":
             return nullcontext()
         module = getattr(torch, self.device.type)
@@ -278,16 +250,33 @@ class Generation:
 
 
 # belongs to an optimizer for as long as its counters do
-_launchers: WeakKeyDictionary[TensorMath, Launcher] = WeakKeyDictionary()
+_launchers: WeakKeyDictionary[TensorMath, list[Launcher]] = WeakKeyDictionary()
+
+
+def _launcher(make: type[Launcher], math: TensorMath, device: torch.device) -> Launcher:
+    """The optimizer's launcher of this kind."""
+    kept = _launchers.setdefault(math, [])
+    if kept and (type(kept[-1]) is not make or kept[-1].device != device):
+        # other launches captured so far may not fit what this one makes of the tensors
+        kept[-1].outdate()
+    for i, launcher in enumerate(kept):
+        if type(launcher) is make and launcher.device == device:
+            kept.append(kept.pop(i))
+            return launcher
+    # the others stay: graphs that were captured with them read their tables
+    kept.append(make(device))
+    return kept[-1]
 
 
 @torch.no_grad()
-def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool) -> None:
-    """Make one optimizer step, in place: see `reference.step_`."""
+def step_(
+    make: type[Launcher], groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool
+) -> None:
+    """Make one optimizer step, in place, by a launcher of this kind: see `reference.step_`."""
     pack = pack_of(groups)
-    if isinstance(pack.kernel, Launcher):
+    if isinstance(pack.kernel, make):
         pack.watch.increment_versions()
-        pack.kernel.step(groups, pack.watch.gradients, counters, signals, joint=joint)
+        pack.kernel.step(groups, pack.watch, counters, signals, joint=joint)
         return
     rows = list(chain.from_iterable(group.rows for group in groups))
     ordered = list(map(in_order, rows))
@@ -296,9 +285,7 @@ def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, 
     if None in kinds:
         reference.step_(groups, counters, signals, joint=joint)
         return
-    launcher = _launchers.get(counters.math)
-    if launcher is None or launcher.device != device:
-        launcher = _launchers[counters.math] = Launcher(device)
+    launcher = _launcher(make, counters.math, device)
     launcher.arrange(ordered, [kind for kind in kinds if kind], [len(group.rows) for group in groups], joint)
     # autograd must know, so that a backward through values from before the step raises
     torch.autograd.graph.increment_version(chain.from_iterable(row.written() for row in rows))
@@ -322,10 +309,3 @@ def _kind(row: Row, device: torch.device) -> Kind | None:
         and has_memory(row)
     )
     return kind if fits else None
-
-
-@cache
-def _options(device_type: str, amsgrad: bool) -> dict[str, Any]:
-    if device_type == "cpu":
-        return {}
-    return _kernels().options(_target(), amsgrad)

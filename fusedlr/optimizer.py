@@ -264,7 +264,7 @@ class FusedAdamW(Optimizer):
                 prepared = self._prepare()
             elif self._counters.k.is_cuda and torch.cuda.is_current_stream_capturing():
                 self._check_capture(fresh=False)
-            read = prepared.backend.step_(  # type: ignore[misc]
+            read = prepared.backend.step_(
                 prepared.steps, self._counters, signals, joint=self._joint
             )
         finally:

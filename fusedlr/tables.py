@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedlr.reference import GroupStep
-from fusedlr.schedule import SHAPES, Schedule
+from fusedlr.schedule import SHAPES, Phase, Schedule
 
 # elements per chunk: a program's own part of the traffic, 112 KiB in fp32, is some 30 times what it reads to
 # get there, and tensors of a few thousand elements still spread over all processors
@@ -73,21 +73,23 @@ def log(b: float) -> float:
     return math.log(b) if b > 0 else -128.0
 
 
+def whole_and_rest(phase: Phase) -> tuple[int, float]:
+    """A phase's parameter as what kernels reduce in integers, and the rest."""
+    param = phase.shape_param
+    if phase.shape == "cosine":
+        return int(2 * param), 2 * param - int(2 * param)
+    return (int(param), 0.0) if phase.shape in ("restarts", "table") else (0, param)
+
+
 def pack_phases(schedule: Schedule, position: int) -> tuple[list[int], list[float]]:
     """The rows of a schedule's phases, if its table begins at `position`."""
     ints: list[int] = []
     floats: list[float] = []
     for phase in schedule.phases:
-        whole, param = 0, phase.shape_param
-        if phase.shape == "cosine":
-            whole = int(2 * param)
-            param = 2 * param - whole
-        elif phase.shape == "restarts":
-            whole = int(param)
-        elif phase.shape == "table":
-            whole = position + int(param)
+        whole, rest = whole_and_rest(phase)
+        whole += position if phase.shape == "table" else 0
         ints += [phase.begin, phase.end, phase.origin, SHAPES.index(phase.shape), whole]
-        floats += [phase.from_, phase.to, *split(param)]  # type: ignore[list-item]
+        floats += [phase.from_, phase.to, *split(rest)]  # type: ignore[list-item]
     return ints, floats
 
 

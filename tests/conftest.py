@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import cuda_host
 import pytest
 import torch
 from harness import backends_on
@@ -37,6 +38,8 @@ collect_ignore = ["triton_compile.py", "triton_math_kernels.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not torch.cuda.is_available() and not _INTERPRETED:
+        cuda_host.install()
     # that nothing faster than the reference is built here is no failure of a test
     config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
 

@@ -1,0 +1,127 @@
+"""The step in CUDA: launches the kernels of csrc/cuda.cu on the tables of fusedlr/gpu.py.
+
+Gradients are allocated anew all the time; their addresses travel in the parameters of a launch, so a step like
+the last one copies nothing to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlr import compiled, gpu
+from fusedlr.compiled import TYPES
+from fusedlr.gpu import Launch
+
+# a launch that only counts is of this kind
+_DEFAULT_KIND = torch.float32, torch.float32
+
+
+def archs() -> list[int]:
+    """Compute capabilities with machine code inside, 90 for 9.0; newer GPUs compile the last one's PTX."""
+    return list(map(int, compiled.cuda.archs.split()))
+
+
+@cache
+def _not_here(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device in this process."""
+    if compiled.cuda_error is not None:
+        return compiled.cuda_error
+    if device.type != compiled.cuda.device_type or torch.version.hip is not None:
+        return f"it does not run on {device.type if torch.version.hip is None else 'AMD GPUs'}"
+    if device.type == "cpu":
+        return None
+    toolkit, driver = compiled.cuda.toolkit, compiled.cuda.driver()
+    if driver // 1000 < toolkit // 1000:
+        return (
+            f"it was built by CUDA {_version(toolkit)}, which the driver, for CUDA {_version(driver)}, is too "
+            "old for"
+        )
+    try:
+        return misses(compiled.cuda.capability(device.index or 0), archs())
+    except RuntimeError as error:
+        return f"CUDA says: {error}"
+
+
+def misses(capability: int, inside: list[int]) -> str | None:
+    """Why a GPU of this compute capability can run none of these, of which the last is also there as PTX."""
+    if capability >= inside[-1] or any(a // 10 == capability // 10 and a <= capability for a in inside):
+        return None
+    return f"this GPU has compute capability {_dotted(capability)}, inside are {', '.join(map(_dotted, inside))}"
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def why_not(devices: Iterable[torch.device]) -> str | None:
+    """Why the CUDA kernels cannot update tensors on these devices, or None if they can."""
+    return gpu.why_not(devices, _not_here)
+
+
+class Launcher(gpu.Launcher):
+    """Launches the kernels of `fusedlr._cuda`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._given: Any = None
+        self._launches: Any = None
+
+    def _place_gradients(self, gradients: Any) -> Any:
+        addresses = gradients if isinstance(gradients, list) else None
+        count = len(addresses) if addresses is not None else gradients.count
+        if count <= compiled.cuda.most_gradients:
+            return gradients
+        return self._grads.put(gradients.gradients if addresses is None else addresses, pinned_to_graph=True)
+
+    def _launch(self, launch: Launch) -> None:
+        given = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in launch._replace(gradients=None))
+        if given != self._given:
+            self._given, self._launches = given, _launcher(launch)
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        gradients = launch.gradients
+        if isinstance(gradients, list):
+            self._launches.step(gradients, stream)
+        elif isinstance(gradients, Tensor):
+            self._launches.step_with_table(gradients.data_ptr(), stream)
+        else:
+            self._launches.step_at(gradients.gradients_at, stream)
+
+
+def _launcher(launch: Launch) -> Any:
+    buckets = []
+    for bucket in launch.layout.buckets:
+        params, moments = bucket.key or _DEFAULT_KIND
+        kind = TYPES.index(params), TYPES.index(moments), bucket.key in launch.with_amsgrad
+        buckets.append((*kind, bucket.first, bucket.programs))
+    return compiled.cuda.Launcher(
+        tensors=launch.tensors.data_ptr(),
+        chunks=launch.chunks.data_ptr(),
+        ints=launch.ints.data_ptr(),
+        floats=launch.floats.data_ptr(),
+        counters=launch.counts.data_ptr(),
+        used=launch.used.data_ptr(),
+        norms=launch.norms.data_ptr(),
+        tickets=launch.tickets.data_ptr(),
+        grad_scale=launch.grad_scale.data_ptr(),
+        found_inf=launch.found_inf.data_ptr(),
+        alive=launch.alive.data_ptr(),
+        now=launch.now,
+        programs=launch.layout.programs,
+        groups=launch.groups,
+        phases=launch.phases,
+        count=launch.count,
+        buckets=buckets,
+        normed=launch.normed,
+    )
+
+
+step_ = partial(gpu.step_, Launcher)

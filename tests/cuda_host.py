@@ -1,0 +1,97 @@
+"""The CUDA kernels compiled for the host: `fusedlr._cuda` without a GPU, for tensors on the CPU.
+
+Built once per state of the sources into build/, where a C++ compiler and the sources are to be had.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fusedlr import compiled
+from fusedlr.sources import digest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS, CSRC = ROOT / "tests", ROOT / "csrc"
+# type of the parameters in csrc/cuda.cu -> its namespace
+TYPES = {"float": "f32", "BF16": "bf16", "F16": "f16"}
+# as setup.py has nvcc do it: products are rounded. Contexts are switched by longjmp, which a hardened libc refuses
+_FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas -U_FORTIFY_SOURCE"
+_COMPILER = os.environ.get("CXX") or "c++"
+
+
+def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") -> Path:
+    """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path."""
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
+    flags = [*_FLAGS.split(), *optimize.split(), *(f"-I{path}" for path in includes)]
+    kernel = ["-x", "c++", "-include", "cuda_on_host.h"]
+    defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
+    objects = {
+        f"{name}.o": [*kernel, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
+        for type_, name in TYPES.items()
+    }
+    objects["on_host.o"] = [str(TESTS / "cuda_on_host.cpp")]
+    objects["module.o"] = [defined["archs"], str(CSRC / "cuda_module.cpp")]
+    objects["sources.o"] = [defined["sources"], str(CSRC / "sources.cpp")]
+
+    def run(arguments: list[str]) -> None:
+        command = [*shlex.split(_COMPILER), *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda item: run([*flags, "-c", *item[1], "-o", item[0]]), objects.items()))
+    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # in one move: another process may be looking for it
+    run(["-shared", *objects, "-o", f"{path}.new"])
+    os.replace(f"{path}.new", path)
+    return path
+
+
+def load(path: Path) -> ModuleType:
+    """The module at `path`, whatever else is called `_cuda`."""
+    spec = importlib.util.spec_from_file_location("fusedlr._cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def why_not() -> str | None:
+    """Why the module cannot be built here."""
+    if not CSRC.is_dir():
+        return "needs the tree"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    if shutil.which(shlex.split(_COMPILER)[0]) is None:
+        return f"there is no compiler {_COMPILER!r}"
+    return None
+
+
+def install() -> None:
+    """Let the backend `cuda` run on the CPU in this process, if it can be built."""
+    if why_not() is not None:
+        return
+    state = digest(CSRC, TESTS / "cuda_on_host.cpp", TESTS / "cuda_on_host.h")
+    folder = ROOT / "build" / "cuda-on-host" / state[:16]
+    path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.is_file():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        build(folder)
+    use(load(path))
+
+
+def use(module: Any) -> None:
+    """Make `module` the one that is called."""
+    compiled.cuda, compiled.cuda_error = module, None
