@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fusedlr import compiled
+from fusedlr import backends, compiled
 from fusedlr.sources import digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,5 +93,6 @@ def install() -> None:
 
 
 def use(module: Any) -> None:
-    """Make `module` the one that is called."""
+    """Make `module` the one that is called, by those who ask for it by name."""
     compiled.cuda, compiled.cuda_error = module, None
+    backends.BACKENDS["cuda"] = backends.BACKENDS.pop("cuda")
