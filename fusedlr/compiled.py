@@ -30,7 +30,7 @@ def _load(name: str, kernel: str, compiler: str) -> tuple[Any, str | None]:
         return None, f"the {kernel} does not load ({error}): {_AGAIN}"
     # "" but in a checkout, whose sources may have moved on
     if digest(Path(__file__).parents[1] / "csrc") not in ("", getattr(module, "sources", None)):
-        return None, f"the {kernel}'s sources have changed since it was built: {_AGAIN}"
+        return None, f"its sources have changed since it was built: {_AGAIN}"
     return module, None
 
 

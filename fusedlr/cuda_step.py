@@ -36,6 +36,8 @@ def _not_here(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     toolkit, driver = compiled.cuda.toolkit, compiled.cuda.driver()
+    if driver == 0:
+        return "there is no CUDA driver"
     if driver // 1000 < toolkit // 1000:
         return (
             f"it was built by CUDA {_version(toolkit)}, which the driver, for CUDA {_version(driver)}, is too "
