@@ -1,7 +1,7 @@
 """Builds the compiled modules from csrc/; metadata lives in pyproject.toml, how to compile in csrc/recipe.py.
 
 FUSEDLR_CPU=auto|0|1: fusedlr._cpu if it can be built (the default), never, or else fail.
-FUSEDLR_CUDA=auto|0|1: the same for fusedlr._cuda, which takes nvcc. FUSEDLR_CUDA_ARCHS="80 90": for which GPUs.
+FUSEDLR_CUDA=auto|0|1: the same for fusedlr._cuda, which takes nvcc; FUSEDLR_CUDA_ARCHS="80 90" says for what.
 CXX, CXXFLAGS, LDFLAGS and NVCC are the compilers, with arguments if need be, and more flags.
 """
 
@@ -42,7 +42,9 @@ class NinjaBuild(build_ext):
         super().run()
 
     def build_extensions(self):
-        outputs = {ext.name.split(".")[1]: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
+        outputs = {
+            ext.name.split(".")[1]: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
+        }
         for output in outputs.values():
             output.parent.mkdir(parents=True, exist_ok=True)
             output.unlink(missing_ok=True)

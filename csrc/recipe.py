@@ -26,8 +26,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS += " -DFUSEDLR_X86"
 # darwin is untried
 LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-# as in C++: no fused products, and divisions and roots as IEEE has them. An eighth of the size when compressed
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false -Xfatbin -compress-all"
+# as in C++: no fused products, and divisions and roots as IEEE has them
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
+# compressed machine code takes an eighth of the space
+NVCC_OPTIONS = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xfatbin -compress-all"
 # namespace -> type of the parameters: csrc/cuda.cu is compiled once for each
 CUDA_TYPES = {"f32": "float", "bf16": "BF16", "f16": "F16"}
 # Turing to Blackwell, as far as an nvcc goes; the last one's PTX is for what comes later
@@ -55,7 +57,9 @@ def nvcc() -> str:
     if os.environ.get("NVCC"):
         return os.environ["NVCC"]
     homes = os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"
-    found = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{h}/bin" for h in homes if h)]))
+    found = shutil.which(
+        "nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), *(f"{h}/bin" for h in homes if h)])
+    )
     if found is None:
         raise Unavailable("there is no nvcc in PATH, $CUDA_HOME or /usr/local/cuda")
     return shlex.quote(found)
@@ -63,7 +67,9 @@ def nvcc() -> str:
 
 def cuda_archs(nvcc: str) -> list[int]:
     """What to compile for: FUSEDLR_CUDA_ARCHS, or all of CUDA_ARCHS that this nvcc knows."""
-    said = subprocess.run(f"{nvcc} --version && {nvcc} --list-gpu-code", shell=True, text=True, capture_output=True)
+    said = subprocess.run(
+        f"{nvcc} --version && {nvcc} --list-gpu-code", shell=True, text=True, capture_output=True
+    )
     release = re.search(r"release (\d+)\.(\d+)", said.stdout)
     if said.returncode or not release or tuple(map(int, release.groups())) < MIN_CUDA:
         raise Unavailable(f"{nvcc} is no nvcc of CUDA {MIN_CUDA[0]}.{MIN_CUDA[1]} or newer")
@@ -71,7 +77,9 @@ def cuda_archs(nvcc: str) -> list[int]:
     asked = re.findall(r"[^ ,;]+", os.environ.get("FUSEDLR_CUDA_ARCHS", ""))
     wrong = [arch for arch in asked if not arch.isdecimal() or int(arch) not in known]
     if wrong:
-        raise Unavailable(f"FUSEDLR_CUDA_ARCHS={' '.join(wrong)}: {nvcc} knows {' '.join(map(str, sorted(known)))}")
+        raise Unavailable(
+            f"FUSEDLR_CUDA_ARCHS={' '.join(wrong)}: {nvcc} knows {' '.join(map(str, sorted(known)))}"
+        )
     return sorted(set(map(int, asked)) or known.intersection(CUDA_ARCHS))
 
 
@@ -94,7 +102,11 @@ def _cuda(archs: list[int]) -> dict[str, tuple[str, str]]:
         for name, type_ in CUDA_TYPES.items()
     }
     listed = f"""'-DFUSEDLR_ARCHS="{" ".join(map(str, archs))}"'"""
-    return {**objects, "cuda_module.o": ("cuda_module.cpp", f"$python {listed}"), "cuda_device.o": ("cuda_device.cu", "")}
+    return {
+        **objects,
+        "cuda_module.o": ("cuda_module.cpp", f"$python {listed}"),
+        "cuda_device.o": ("cuda_device.cu", ""),
+    }
 
 
 def ninja_file(outputs: dict[str, Path], digest: str) -> str:
@@ -128,7 +140,7 @@ def ninja_file(outputs: dict[str, Path], digest: str) -> str:
         compiler = dollars(compiler + host)
         lines += [
             "rule compile_cuda",
-            f"  command = {compiler} {NVCC_FLAGS} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $more -MMD -MF $out.d -c $in -o $out",
+            f"  command = {compiler} {NVCC_FLAGS} {NVCC_OPTIONS} $more -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link_cuda",
@@ -146,8 +158,10 @@ def ninja_file(outputs: dict[str, Path], digest: str) -> str:
 
 
 def dollars(text: str) -> str:
+    """`text` as ninja takes it literally."""
     return text.replace("$", "$$")
 
 
 def escape(path: Path) -> str:
+    """`path` as ninja takes it among inputs and outputs."""
     return dollars(str(path)).replace(" ", "$ ").replace(":", "$:")

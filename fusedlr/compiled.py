@@ -1,4 +1,7 @@
-"""The compiled modules `fusedlr._cpu` and `fusedlr._cuda`, or why there is none. Imported by who calls into them."""
+"""The compiled modules `fusedlr._cpu` and `fusedlr._cuda`, or why there is none.
+
+Imported by whoever calls into them.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,16 +22,22 @@ from fusedlr.sources import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, CSRC = ROOT / "tests", ROOT / "csrc"
-# type of the parameters in csrc/cuda.cu -> its namespace
-TYPES = {"float": "f32", "BF16": "bf16", "F16": "f16"}
-# as setup.py has nvcc do it: products are rounded. Contexts are switched by longjmp, which a hardened libc refuses
-_FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas -U_FORTIFY_SOURCE"
+# as setup.py has nvcc do it: products are rounded. Contexts are switched by longjmp, which a hardened libc
+# refuses
+_FLAGS = (
+    "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas "
+    "-U_FORTIFY_SOURCE"
+)
 _COMPILER = os.environ.get("CXX") or "c++"
 
 
 def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") -> Path:
     """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path."""
     import pybind11
+
+    # not a package: setup.py imports it before there is one
+    sys.path.append(str(CSRC))
+    from recipe import CUDA_TYPES
 
     folder.mkdir(parents=True, exist_ok=True)
     includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
@@ -39,7 +46,7 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") ->
     defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
     objects = {
         f"{name}.o": [*kernel, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
-        for type_, name in TYPES.items()
+        for name, type_ in CUDA_TYPES.items()
     }
     objects["on_host.o"] = [str(TESTS / "cuda_on_host.cpp")]
     objects["module.o"] = [defined["archs"], str(CSRC / "cuda_module.cpp")]

@@ -177,7 +177,9 @@ def test_architectures_may_be_chosen(tree: Path, compiler) -> None:
     setup(tree, "-q", "build_ext", CXX=cxx, NVCC=nvcc, FUSEDLR_CUDA="1", FUSEDLR_CUDA_ARCHS="80;")
     assert "code=sm_80 " in log.read_text() and "sm_90" not in log.read_text()
     refused = setup(tree, "-q", "build_ext", CXX=cxx, NVCC=nvcc, FUSEDLR_CUDA="1", FUSEDLR_CUDA_ARCHS="80 99")
-    assert refused.returncode and "FUSEDLR_CUDA_ARCHS=99: " in refused.stdout and "knows 80 90" in refused.stdout
+    assert (
+        refused.returncode and "FUSEDLR_CUDA_ARCHS=99: " in refused.stdout and "knows 80 90" in refused.stdout
+    )
 
 
 @pytest.mark.parametrize("broken", ("missing", "too old", "failing"))
