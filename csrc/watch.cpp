@@ -142,7 +142,8 @@ void Watch::add_row(PyObject* param, PyObject* entry, bool amsgrad) {
     // Torch makes negative views of imaginary parts alone, whose numbers lie two apart. To ask each gradient
     // would give up the interpreter's lock as often: another thread that wants it keeps it for milliseconds
     const Meta& g = row.of[1];
-    for (uint32_t i = g.begin; i < g.end; i += 2) row.may_be_negated &= extents_[i] < 2 || extents_[i + 1] != 1;
+    for (uint32_t i = g.begin; i < g.end; i += 2)
+        row.may_be_negated &= extents_[i] < 2 || extents_[i + 1] != 1;
     for (int i = 0; i < 4; ++i) {
         if (i == 2 && !amsgrad) continue;
         PyObject* const value = item(entry, i);
