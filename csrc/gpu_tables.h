@@ -1,5 +1,5 @@
-// What a step on a GPU reads: the rows of the tables that fusedlr/tables.py fills, column by column. The
-// columns are listed there too; the module tells its own, and whoever loads it compares.
+// What a step on a GPU reads: the rows of the tables that fusedlr/tables.py fills. It lists the columns too; the
+// module tells its own, and a test compares.
 #pragma once
 
 #include "schedule.h"

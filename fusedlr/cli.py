@@ -90,7 +90,7 @@ def info() -> str:
     """Versions, devices, and for every device which backend runs there and why the others do not."""
     import torch
 
-    from fusedlr import backends, cpu
+    from fusedlr import backends, compiled, cpu, cuda_step
 
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
@@ -105,9 +105,14 @@ def info() -> str:
     if cpu.why_not(devices) is None:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
+    if compiled.cuda is not None:
+        inside = ", ".join(f"{arch // 10}.{arch % 10}" for arch in cuda_step.archs())
+        built = f"{compiled.cuda.toolkit // 1000}.{compiled.cuda.toolkit % 1000 // 10}"
+        lines.append(f"CUDA kernel built by CUDA {built} for compute capability {inside} and newer")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
         devices.append(torch.device("cuda", i))
     for device in devices:
         try:
