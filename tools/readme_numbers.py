@@ -55,7 +55,7 @@ def demo() -> str:
     ]
     return (
         f"`make demo` on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{report['versions']['torch']}: {config['steps']} LoRA updates, {config['schedule']}, "
+        f"{report['versions']['torch']}, {report['date'][:10]}: {config['steps']} LoRA updates, {config['schedule']}, "
         f"{report['seconds']['total']:.0f} s in all.\n\n{table(rows)}"
     )
 
