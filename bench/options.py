@@ -82,16 +82,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="clip to the norm of all gradients (default: yes)",
     )
-    add("--threads", type=number(int, 1, 4096), help="CPU threads (default: as many as torch takes)")
+    add(
+        "--threads",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="CPU threads (default: as many as torch takes)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--rounds",
         type=number(int, 1, 100_000),
+        metavar="N",
         help="rounds in which every provider is timed once (default: what fits into --seconds, at least 5)",
     )
     length.add_argument(
         "--seconds",
         type=number(float, 0, 1e5, above=True),
+        metavar="X",
         default=1.5,
         help="time for the rounds of an inventory (default: %(default)s)",
     )
