@@ -176,7 +176,8 @@ def _sweep(panel: Any, name: str, results: list[Data], colours: dict[str, str]) 
         r["parameters"] * r["rows"][0]["bytes_per_parameter"] / r["bandwidth_gb_per_s"]["median"] / 1e6
         for r in results
     ]
-    panel.plot([r[key] for r in results], least, color="black", linestyle=":", label="its bytes at the bandwidth of an operation in place")
+    label = "its bytes at the bandwidth of an operation in place"
+    panel.plot([r[key] for r in results], least, color="black", linestyle=":", label=label)
     panel.set_xscale("log")
     panel.set_yscale("log")
     # 2 and 5 between the powers of ten, where there are few of those
