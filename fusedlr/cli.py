@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "not: what a bug report should start with.",
     )
 
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # the command's own help has what there is
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "demo":
         return demo.run(args, demo_parser)
     if args.command == "bench":
