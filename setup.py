@@ -35,9 +35,9 @@ for module, wanted in WANTED.items():
 
 class NinjaBuild(build_ext):
     def run(self):
-        # should this build fail, the module of an earlier one must not be found
-        for ext in self.extensions:
-            path = Path(self.get_ext_filename(ext.name) if self.inplace else self.get_ext_fullpath(ext.name))
+        # should this build fail or leave one out, the module of an earlier one must not be found
+        for name in (f"fusedlr.{module}" for module in KERNELS):
+            path = Path(self.get_ext_filename(name) if self.inplace else self.get_ext_fullpath(name))
             (ROOT / path).unlink(missing_ok=True)
         super().run()
 

@@ -5,7 +5,7 @@
 // fetch it. The last block of all to finish adds up the norms, or moves the counters: nothing needs the host.
 //
 // Bytes per parameter in fp32: the update reads p g m v and writes p m v, 28; the norm reads g, 4.
-#include "cuda.h"
+#include "cuda_step.h"
 
 #include "adamw.h"
 
@@ -15,14 +15,9 @@ namespace {
 
 using P = FUSEDLR_TYPE;
 
-// elements that a thread moves at once: 16 bytes of a parameter
-constexpr int kWide = 16 / sizeof(P);
-// four rounds to a full chunk
-constexpr int kThreads = kChunk / 4 / kWide;
+constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffff;
-// scopes with more partial sums take the whole block, others a warp each
-constexpr int64_t kLarge = 32 * kWarp;
 // what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 constexpr float kClipEps = 1e-6f;
 
@@ -40,10 +35,19 @@ struct Launch {
 constexpr int kFew = (4096 - sizeof(Step)) / 8;
 constexpr int kMany = (32764 - sizeof(Step)) / 8;
 
-template <class T>
-struct alignas(16) Wide {
-    T x[kWide];
+// n elements that are moved at once, by accesses of 16 bytes where there are that many
+template <class T, int n>
+struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Wide {
+    T x[n];
 };
+
+template <class T>
+__device__ T* global(uint64_t address) {
+    T* const pointer = reinterpret_cast<T*>(address);
+    // or each access would find out what kind of memory it is
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
 
 // a schedule's phases as schedule.h reads them
 struct PhaseRows {
@@ -66,9 +70,9 @@ struct Decision {
 __device__ Decision decide(const Step& step, const GroupInts& ints, const GroupFloats& floats) {
     const float norm = ints.normed ? __ldcg(step.norms + ints.scope) : nanf("");
     const float limit = floats.max_grad_norm;
-    // a nan stays; without clipping the limit is inf
+    // a nan stays; without clipping the limit is nan
     float coef = limit / (norm + kClipEps);
-    if (coef > 1 || isinf(limit)) coef = 1;
+    if (coef > 1 || limit != limit) coef = 1;
     // anything but 0, nan included
     const bool skip = *step.found_inf != 0 || (ints.skip_nonfinite && !isfinite(norm));
     return {norm, coef, skip};
@@ -82,14 +86,15 @@ __device__ float lr_at(const Step& step, const GroupInts& ints, const GroupFloat
         const PhaseRows rows = {phases + ints.first_phase, levels + ints.first_phase};
         return floats.rate * evaluate(rows, ints.last_phase - ints.first_phase, table, k);
     }
-    return ints.lr ? *reinterpret_cast<const float*>(ints.lr) : floats.rate;
+    return ints.lr ? *global<const float>(uint64_t(ints.lr)) : floats.rate;
 }
 
-__device__ Scalars<float> scalars_of(const TensorRow& row, const GroupFloats& floats, float lr,
-                                     float factor) {
-    const double t = double(*reinterpret_cast<const float*>(row.step)) + 1;
-    const float bc1 = bias_correction<float>(t, double(floats.log_b1_hi) + double(floats.log_b1_lo));
-    const float bc2 = bias_correction<float>(t, double(floats.log_b2_hi) + double(floats.log_b2_lo));
+// t: updates made
+__device__ Scalars<float> scalars_of(float t, const GroupFloats& floats, float lr, float factor) {
+    const float bc1 =
+        bias_correction<float>(double(t) + 1, double(floats.log_b1_hi) + double(floats.log_b1_lo));
+    const float bc2 =
+        bias_correction<float>(double(t) + 1, double(floats.log_b2_hi) + double(floats.log_b2_lo));
     return {factor * floats.sign,
             lr * floats.weight_decay,
             lr / bc1,
@@ -117,9 +122,9 @@ __device__ Place place(const Launch<N>& launch, const ChunkRow& chunk) {
     return {row, launch.gradient(chunk.tensor), begin, left < kChunk ? left : kChunk};
 }
 
-// the elements of a chunk that are moved 16 bytes at a time
-__device__ int wide_elements(const Place& place, uint64_t addresses) {
-    return addresses % 16 ? 0 : int(place.count / kWide * kWide);
+// the elements of a chunk that are moved `each` at a time
+__device__ int wide_elements(const Place& place, uint64_t addresses, int each) {
+    return addresses % 16 ? 0 : int(place.count / each * each);
 }
 
 template <class M, bool AMSGRAD>
@@ -129,12 +134,12 @@ struct Arrays {
     M *m, *v, *top;
 
     __device__ explicit Arrays(const Place& at)
-        : p(reinterpret_cast<P*>(at.row->param) + at.begin),
-          g(reinterpret_cast<const P*>(at.gradient) + at.begin),
-          m(reinterpret_cast<M*>(at.row->exp_avg) + at.begin),
-          v(reinterpret_cast<M*>(at.row->exp_avg_sq) + at.begin),
+        : p(global<P>(uint64_t(at.row->param)) + at.begin),
+          g(global<const P>(at.gradient) + at.begin),
+          m(global<M>(uint64_t(at.row->exp_avg)) + at.begin),
+          v(global<M>(uint64_t(at.row->exp_avg_sq)) + at.begin),
           // a group without amsgrad may share the launch
-          top(AMSGRAD && at.row->top ? reinterpret_cast<M*>(at.row->top) + at.begin : nullptr) {}
+          top(AMSGRAD && at.row->top ? global<M>(uint64_t(at.row->top)) + at.begin : nullptr) {}
 };
 
 // n elements, in registers
@@ -171,7 +176,7 @@ struct Elements {
         if (n == 1)
             *to = *from;
         else
-            *reinterpret_cast<Wide<T>*>(to) = *reinterpret_cast<const Wide<T>*>(from);
+            *reinterpret_cast<Wide<T, n>*>(to) = *reinterpret_cast<const Wide<T, n>*>(from);
     }
 };
 
@@ -196,19 +201,15 @@ __device__ float block_sum(float x) {
     return x;
 }
 
-// whether all other blocks of the step have come here before; then the tickets start again
+// Whether all other blocks of the step have come here before; then the tickets start again. Called by the
+// first thread, when all that its block has read of counters and written of partial sums it has read and
+// written itself.
 __device__ bool is_last(int32_t* ticket, int32_t programs) {
-    __shared__ bool last;
-    // every thread's reads and stores come before the ticket, which only one thread takes
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(ticket, 1) == programs - 1;
-        if (last) *ticket = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    return last;
+    __threadfence();
+    if (atomicAdd(ticket, 1) != programs - 1) return false;
+    *ticket = 0;
+    __threadfence();
+    return true;
 }
 
 // partial sums from `first` on, every `stride`-th; other blocks have written them
@@ -222,16 +223,15 @@ __device__ float sum_slots(const float* partials, int64_t first, int64_t last, i
 __device__ void finish_norms(const Step& step) {
     const float* const partials = step.norms + step.groups;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    for (int32_t scope = 0; scope < step.groups; ++scope) {
-        const GroupInts& ints = step.group_ints[scope];
-        if (ints.last_slot - ints.first_slot <= kLarge) continue;
-        const float sum =
-            block_sum(sum_slots(partials, ints.first_slot + threadIdx.x, ints.last_slot, kThreads));
-        if (threadIdx.x == 0) step.norms[scope] = sqrtf(sum);
+    // all groups together
+    if (step.group_ints[0].last_slot - step.group_ints[0].first_slot == step.programs) {
+        const float sum = block_sum(sum_slots(partials, threadIdx.x, step.programs, kThreads));
+        if (threadIdx.x == 0) step.norms[0] = sqrtf(sum);
+        return;
     }
+    // or each group by itself, a warp for each
     for (int32_t scope = warp; scope < step.groups; scope += kThreads / kWarp) {
         const GroupInts& ints = step.group_ints[scope];
-        if (ints.last_slot - ints.first_slot > kLarge) continue;
         const float sum = warp_sum(sum_slots(partials, ints.first_slot + lane, ints.last_slot, kWarp));
         if (lane == 0) step.norms[scope] = sqrtf(sum);
     }
@@ -252,23 +252,27 @@ __device__ void count_step(const Step& step) {
     for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
         const TensorRow& row = step.tensors[i];
         const bool skip = decide(step, step.group_ints[row.group], step.group_floats[row.group]).skip;
-        if (!skip) *reinterpret_cast<float*>(row.step) += 1;
+        if (!skip) *global<float>(uint64_t(row.step)) += 1;
     }
 }
 
 // what holds for a chunk, found out by one thread; row is null where the chunk has no elements
 __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow* row,
                         Scalars<float>& scalars, bool& skip) {
-    const GroupInts& ints = step.group_ints[chunk.group];
-    const GroupFloats& floats = step.group_floats[chunk.group];
-    const float lr = lr_at(step, ints, floats, step.counters[chunk.group]);
+    // all that can be read at once is on its way before anything is computed
+    const GroupInts ints = step.group_ints[chunk.group];
+    const GroupFloats floats = step.group_floats[chunk.group];
+    const int64_t k = step.counters[chunk.group];
+    const float scale = *step.grad_scale;
+    const float t = row ? *global<const float>(uint64_t(row->step)) : 0;
     const Decision decision = decide(step, ints, floats);
+    const float lr = lr_at(step, ints, floats, k);
     if (chunk.leads) {
         float* const used = step.used + chunk.group;
         used[0] = lr, used[step.groups] = decision.norm, used[2 * step.groups] = decision.coef;
     }
     skip = decision.skip;
-    if (row && !skip) scalars = scalars_of(*row, floats, lr, 1 / *step.grad_scale * decision.coef);
+    if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);
 }
 
 // --- the kernels
@@ -276,66 +280,86 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
 // the L2 norm of the unscaled gradients of every scope that needs one
 template <int N>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Launch<N> launch) {
+    constexpr int kEach = 16 / sizeof(P), kRounds = kChunk / kEach / kThreads;
     const Step& step = launch.step;
+    const int thread = threadIdx.x;
+    const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
     // a replay of tensors that are gone: all blocks of the step see the same
     if (*step.alive != step.now) return;
-    const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
     const Place at = place(launch, chunk);
     const int count = step.group_ints[chunk.group].normed ? int(at.count) : 0;
-    const int wide = wide_elements(at, at.gradient);
-    const P* const g = reinterpret_cast<const P*>(at.gradient) + at.begin;
+    const int wide = count ? wide_elements(at, at.gradient, kEach) : 0;
+    const P* const g = global<const P>(at.gradient) + at.begin;
     const float factor = 1 / *step.grad_scale;
-    float sum = 0;
-#pragma unroll 4
-    for (int i = threadIdx.x * kWide; i < wide && i < count; i += kThreads * kWide) {
-        const Wide<P> some = *reinterpret_cast<const Wide<P>*>(g + i);
+    // all on its way before the first is added
+    Wide<P, kEach> some[kRounds];
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) {
-            const float x = load(some.x[j]) * factor;
+    for (int r = 0; r < kRounds; ++r) {
+        const int i = (r * kThreads + thread) * kEach;
+        if (i < wide) some[r] = *reinterpret_cast<const Wide<P, kEach>*>(g + i);
+    }
+    float sum = 0;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+        if ((r * kThreads + thread) * kEach >= wide) break;
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+            const float x = load(some[r].x[j]) * factor;
             sum += x * x;
         }
     }
-    for (int i = wide + threadIdx.x; i < count; i += kThreads) {
+    for (int i = wide + thread; i < count; i += kThreads) {
         const float x = load(g[i]) * factor;
         sum += x * x;
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) step.norms[step.groups + chunk.slot] = sum;
-    if (is_last(step.tickets, step.programs)) finish_norms(step);
+    __shared__ bool last;
+    if (thread == 0) {
+        step.norms[step.groups + chunk.slot] = sum;
+        last = is_last(step.tickets, step.programs);
+    }
+    __syncthreads();
+    if (last) finish_norms(step);
 }
 
 // one optimizer step on the tensors of a bucket; the last block of all buckets counts it
 template <int N, class M, bool AMSGRAD>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads)
-    step_kernel(const __grid_constant__ Launch<N> launch) {
+__global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Launch<N> launch) {
+    // 16 bytes of a moment, so that the accesses of neighbours touch
+    constexpr int kEach = 16 / sizeof(M);
     const Step& step = launch.step;
     const int thread = threadIdx.x;
+    const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
     if (*step.alive != step.now) {
         if (step.first == 0 && blockIdx.x == 0 && thread == 0) ++step.counters[3 * step.groups];
         return;
     }
     __shared__ Scalars<float> scalars;
-    __shared__ bool skip;
-    const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
+    __shared__ bool skip, last;
     const Place at = place(launch, chunk);
-    if (at.count > 0) {
+    // it reads its own elements afterwards, having no registers for both
+    if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
+    if (at.count == 0) {
+        if (thread == 0) last = is_last(step.tickets + 1, step.programs);
+    } else {
         const TensorRow& row = *at.row;
         const Arrays<M, AMSGRAD> arrays(at);
         const uint64_t addresses =
             at.gradient | row.param | row.exp_avg | row.exp_avg_sq | (AMSGRAD ? row.top : 0);
-        const int count = int(at.count), wide = wide_elements(at, addresses);
-        // on the way while the first thread computes; it reads afterwards, having no registers for both
-        Elements<M, AMSGRAD, kWide> some;
-        int i = thread * kWide;
-        if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
+        const int count = int(at.count), wide = wide_elements(at, addresses, kEach);
+        Elements<M, AMSGRAD, kEach> some;
+        int i = thread * kEach;
+        // on the way while the first thread computes
         if (i < wide) some.read(arrays, i);
         __syncthreads();
+        // counters have been read; nobody waits for what is written from here on
+        if (thread == 0) last = is_last(step.tickets + 1, step.programs);
         if (!skip) {
             const Scalars<float> s = scalars;
             while (i < wide) {
                 some.update(s, arrays.top);
                 some.write(arrays, i);
-                i += kThreads * kWide;
+                i += kThreads * kEach;
                 if (i < wide) some.read(arrays, i);
             }
             for (int j = wide + thread; j < count; j += kThreads) {
@@ -345,10 +369,9 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
                 one.write(arrays, j);
             }
         }
-    } else if (thread == 0) {
-        prepare(step, chunk, nullptr, scalars, skip);
     }
-    if (is_last(step.tickets + 1, step.programs)) count_step(step);
+    __syncthreads();
+    if (last) count_step(step);
 }
 
 // --- from the host
@@ -361,6 +384,14 @@ const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, u
     const cudaError_t error =
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, 0,
                          static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// has its code loaded, which a launch while a CUDA graph is captured could not
+template <class L>
+const char* load_kernel(void (*kernel)(L)) {
+    cudaFuncAttributes unused;
+    const cudaError_t error = cudaFuncGetAttributes(&unused, reinterpret_cast<const void*>(kernel));
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #endif
@@ -379,14 +410,30 @@ const char* norm(const Step& step, unsigned blocks, const uintptr_t* gradients, 
 }
 
 template <int N>
+auto step_kernel_for(Type moments, bool amsgrad) {
+    if (moments == kF32) return amsgrad ? step_kernel<N, float, true> : step_kernel<N, float, false>;
+    return amsgrad ? step_kernel<N, P, true> : step_kernel<N, P, false>;
+}
+
+template <int N>
 const char* update(const Step& step, unsigned blocks, Type moments, bool amsgrad, const uintptr_t* gradients,
                    void* stream) {
     Launch<N> launch;
     fill(launch, step, gradients);
-    const auto chosen = moments == kF32 ? amsgrad ? step_kernel<N, float, true> : step_kernel<N, float, false>
-                        : amsgrad       ? step_kernel<N, P, true>
-                                        : step_kernel<N, P, false>;
-    return launch_kernel(chosen, launch, blocks, kThreads, stream);
+    return launch_kernel(step_kernel_for<N>(moments, amsgrad), launch, blocks, kThreads, stream);
+}
+
+template <int N>
+const char* load_all(Type moments) {
+    const char* error = load_kernel(norm_kernel<N>);
+    for (const bool amsgrad : {false, true})
+        if (!error) error = load_kernel(step_kernel_for<N>(moments, amsgrad));
+    return error;
+}
+
+const char* load_of(Type moments) {
+    const char* const error = load_all<kFew>(moments);
+    return error ? error : load_all<kMany>(moments);
 }
 
 bool few(const Step& step, const uintptr_t* gradients) { return !gradients || step.count <= kFew; }
@@ -405,7 +452,7 @@ const char* update_of(const Step& step, unsigned blocks, Type moments, bool amsg
 }  // namespace
 
 extern const Launches launches;
-const Launches launches = {norm_of, update_of, kMany};
+const Launches launches = {norm_of, update_of, load_of, kMany};
 
 }  // namespace FUSEDLR_NAME
 }  // namespace fusedlr

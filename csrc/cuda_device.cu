@@ -1,6 +1,6 @@
 // What the driver says of itself and of the devices. Nothing here needs one: the runtime looks for it at the
 // first call.
-#include "cuda.h"
+#include "cuda_step.h"
 
 namespace fusedlr {
 

@@ -5,7 +5,7 @@
 
 #include <stdexcept>
 
-#include "cuda.h"
+#include "cuda_step.h"
 
 namespace py = pybind11;
 using namespace fusedlr;
@@ -47,64 +47,69 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// The launches of one step: all that stays the same while nothing but gradients change.
+void check(const char* error) {
+    if (error) throw std::runtime_error(std::string("CUDA could not launch the step: ") + error);
+}
+
+// The launches of one step: all that stays the same while nothing but gradients and a scaler's signals
+// change.
 class Launcher {
   public:
     Launcher(uintptr_t tensors, uintptr_t chunks, uintptr_t ints, uintptr_t floats, uintptr_t counters,
-             uintptr_t used, uintptr_t norms, uintptr_t tickets, uintptr_t grad_scale, uintptr_t found_inf,
-             uintptr_t alive, int32_t now, int32_t programs, int32_t groups, int32_t phases, int32_t count,
-             const std::vector<BucketRow>& buckets, bool normed)
-        : step_{pointer<const TensorRow>(tensors),
-                pointer<const ChunkRow>(chunks),
-                pointer<const GroupInts>(ints),
-                pointer<const GroupFloats>(floats),
-                pointer<int64_t>(counters),
-                pointer<float>(used),
-                pointer<float>(norms),
-                pointer<int32_t>(tickets),
-                pointer<const float>(grad_scale),
-                pointer<const float>(found_inf),
-                pointer<const int32_t>(alive),
-                now,
-                programs,
-                groups,
-                phases,
-                count,
-                0,
-                nullptr},
-          normed_(normed) {
-        for (const auto& [param, moments, amsgrad, first, blocks] : buckets)
+             uintptr_t used, uintptr_t norms, uintptr_t tickets, uintptr_t alive, int32_t now,
+             int32_t programs, int32_t groups, int32_t phases, int32_t count,
+             const std::vector<BucketRow>& buckets, bool normed, bool load)
+        : normed_(normed) {
+        step_.tensors = pointer<const TensorRow>(tensors);
+        step_.chunks = pointer<const ChunkRow>(chunks);
+        step_.group_ints = pointer<const GroupInts>(ints);
+        step_.group_floats = pointer<const GroupFloats>(floats);
+        step_.counters = pointer<int64_t>(counters);
+        step_.used = pointer<float>(used);
+        step_.norms = pointer<float>(norms);
+        step_.tickets = pointer<int32_t>(tickets);
+        step_.alive = pointer<const int32_t>(alive);
+        step_.now = now, step_.programs = programs, step_.groups = groups, step_.phases = phases;
+        step_.count = count;
+        for (const auto& [param, moments, amsgrad, first, blocks] : buckets) {
             buckets_.push_back({launches_for(param, moments), Type(moments), amsgrad, first, blocks});
+            if (load) check(buckets_.back().launches->load(Type(moments)));
+        }
     }
 
-    // addresses of gradients, in the order of the tensors
-    void step(const std::vector<uintptr_t>& gradients, uintptr_t stream) const {
+    // addresses of gradients, in the order of the tensors, of the scaler's signals, and a stream
+    void step(std::vector<uintptr_t> gradients, uintptr_t grad_scale, uintptr_t found_inf,
+              uintptr_t stream) const {
         if (gradients.size() != size_t(step_.count))
             throw std::invalid_argument("one gradient per tensor is needed");
-        run(step_, gradients.data(), stream);
+        run(gradients.data(), 0, grad_scale, found_inf, stream);
     }
 
-    // the same, by the address of those addresses: as a Watch keeps them
-    void step_at(uintptr_t gradients, uintptr_t stream) const {
+    // the same, by the address of these addresses: as a Watch keeps them
+    void step_at(uintptr_t gradients, size_t count, uintptr_t grad_scale, uintptr_t found_inf,
+                 uintptr_t stream) const {
         const auto* const first = pointer<const uintptr_t>(gradients);
-        // another thread may go on to the next step while this one waits for the driver
-        const std::vector<uintptr_t> copied(first, first + step_.count);
-        run(step_, copied.data(), stream);
+        // copied: another thread may go on to the next step while this one waits for the driver
+        step({first, first + count}, grad_scale, found_inf, stream);
     }
 
     // the same, with the addresses in a table on the device
-    void step_with_table(uintptr_t gradients, uintptr_t stream) const {
-        Step step = step_;
-        step.gradients = pointer<const uint64_t>(gradients);
-        run(step, nullptr, stream);
+    void step_with_table(uintptr_t gradients, uintptr_t grad_scale, uintptr_t found_inf,
+                         uintptr_t stream) const {
+        run(nullptr, gradients, grad_scale, found_inf, stream);
     }
 
   private:
-    void run(Step step, const uintptr_t* gradients, uintptr_t stream) const {
+    void run(const uintptr_t* gradients, uintptr_t table, uintptr_t grad_scale, uintptr_t found_inf,
+             uintptr_t stream) const {
+        Step step = step_;
+        step.gradients = pointer<const uint64_t>(table);
+        step.grad_scale = pointer<const float>(grad_scale);
+        step.found_inf = pointer<const float>(found_inf);
+        void* const queue = pointer<void>(stream);
         const char* error = nullptr;
         {
             const py::gil_scoped_release release;
-            void* const queue = pointer<void>(stream);
             for (size_t i = 0; normed_ && !error && i < buckets_.size(); ++i) {
                 step.first = buckets_[i].first;
                 error = buckets_[i].launches->norm(step, buckets_[i].blocks, gradients, queue);
@@ -116,10 +121,10 @@ class Launcher {
                                                 gradients, queue);
             }
         }
-        if (error) throw std::runtime_error(std::string("the CUDA kernel was not launched: ") + error);
+        check(error);
     }
 
-    Step step_;
+    Step step_ = {};
     bool normed_;
     std::vector<Bucket> buckets_;
 };
@@ -148,15 +153,15 @@ py::dict columns_of_tables() {
 PYBIND11_MODULE(_cuda, module) {
     py::class_<Launcher>(module, "Launcher", py::module_local())
         .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                      uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      const std::vector<BucketRow>&, bool>(),
+                      uintptr_t, int32_t, int32_t, int32_t, int32_t, int32_t, const std::vector<BucketRow>&,
+                      bool, bool>(),
              py::arg("tensors"), py::arg("chunks"), py::arg("ints"), py::arg("floats"), py::arg("counters"),
-             py::arg("used"), py::arg("norms"), py::arg("tickets"), py::arg("grad_scale"),
-             py::arg("found_inf"), py::arg("alive"), py::arg("now"), py::arg("programs"), py::arg("groups"),
-             py::arg("phases"), py::arg("count"), py::arg("buckets"), py::arg("normed"))
-        .def("step", &Launcher::step, py::arg("gradients"), py::arg("stream"))
-        .def("step_at", &Launcher::step_at, py::arg("gradients"), py::arg("stream"))
-        .def("step_with_table", &Launcher::step_with_table, py::arg("gradients"), py::arg("stream"));
+             py::arg("used"), py::arg("norms"), py::arg("tickets"), py::arg("alive"), py::arg("now"),
+             py::arg("programs"), py::arg("groups"), py::arg("phases"), py::arg("count"), py::arg("buckets"),
+             py::arg("normed"), py::arg("load"))
+        .def("step", &Launcher::step)
+        .def("step_at", &Launcher::step_at)
+        .def("step_with_table", &Launcher::step_with_table);
     module.def("driver", &driver);
     module.def("capability", [](int device) {
         std::string error;

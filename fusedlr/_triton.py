@@ -225,9 +225,9 @@ def decide(ints, floats, norms, found_inf):
     scope = tl.load(ints + SCOPE)
     norm = tl.load(norms + scope, mask=normed, other=float("nan"))
     limit = tl.load(floats + MAX_GRAD_NORM)
-    # a nan stays; without clipping the limit is inf
+    # a nan stays; without clipping the limit is nan
     coef = tl.div_rn(limit, norm + CLIP_EPS)
-    coef = tl.where((coef > 1) | (limit == float("inf")), 1.0, coef)
+    coef = tl.where((coef > 1) | (limit != limit), 1.0, coef)
     # anything but 0, nan included; read as often as there are groups, as the interpreter cannot spread a flag
     skip = tl.load(found_inf + scope * 0) != 0
     skip = skip | ((tl.load(ints + SKIP_NONFINITE) != 0) & ~(tl.abs(norm) < float("inf")))

@@ -111,7 +111,7 @@ def info() -> str:
     if cpu.why_not(devices) is None:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
-    if compiled.cuda is not None:
+    if compiled.cuda is not None and compiled.cuda.device_type == "cuda":
         inside = ", ".join(f"{arch // 10}.{arch % 10}" for arch in cuda_step.archs())
         built = f"{compiled.cuda.toolkit // 1000}.{compiled.cuda.toolkit % 1000 // 10}"
         lines.append(f"CUDA kernel built by CUDA {built} for compute capability {inside} and newer")

@@ -23,6 +23,10 @@ from fusedlr.staging import capturing
 
 # a launch that only counts is of this kind
 _DEFAULT_KIND = torch.float32, torch.float32
+# given anew to every step
+_OF_A_STEP = ("gradients", "grad_scale", "found_inf")
+# the first that takes launches with 32 KB of parameters
+_MIN_DRIVER = 12010
 
 
 def archs() -> list[int]:
@@ -35,28 +39,41 @@ def _not_here(device: torch.device) -> str | None:
     """Why the kernels do not run on this device in this process."""
     if compiled.cuda_error is not None:
         return compiled.cuda_error
-    if device.type != compiled.cuda.device_type or torch.version.hip is not None:
-        return f"it does not run on {device.type if torch.version.hip is None else 'AMD GPUs'}"
+    if device.type != compiled.cuda.device_type:
+        return f"it does not run on {device.type}"
+    if torch.version.hip is not None:
+        return "it does not run on AMD GPUs"
     if device.type == "cpu":
         return None
     toolkit, driver = compiled.cuda.toolkit, compiled.cuda.driver()
     if driver == 0:
         return "there is no CUDA driver"
-    if driver // 1000 < toolkit // 1000:
-        return f"it needs a driver for CUDA {_version(toolkit)}, this one is for CUDA {_version(driver)}"
     try:
-        return misses(compiled.cuda.capability(device.index or 0), archs())
+        return misfit(compiled.cuda.capability(device.index or 0), archs(), toolkit, driver)
     except RuntimeError as error:
         return f"CUDA says: {error}"
 
 
-def misses(capability: int, inside: list[int]) -> str | None:
-    """Why a GPU of this compute capability can run none of these, of which the last is also there as PTX."""
-    if capability >= inside[-1] or any(a // 10 == capability // 10 and a <= capability for a in inside):
+def misfit(capability: int, inside: list[int], toolkit: int, driver: int) -> str | None:
+    """Why a GPU of this compute capability runs none of what is inside under this driver.
+
+    The last architecture is inside as PTX too. Versions are CUDA's, 13000 for 13.0: a driver runs what
+    toolkits of its major version and older ones compiled, but compiles PTX up to its own version only.
+    """
+    if driver // 1000 < toolkit // 1000 or driver < _MIN_DRIVER:
+        oldest = _version(max(toolkit, _MIN_DRIVER))
+        return f"it needs a driver for CUDA {oldest}, this one is for {_version(driver)}"
+    if any(arch // 10 == capability // 10 and arch <= capability for arch in inside):
         return None
-    return (
-        f"this GPU has compute capability {_dotted(capability)}, inside are {', '.join(map(_dotted, inside))}"
-    )
+    if capability < inside[-1]:
+        there = ", ".join(map(_dotted, inside))
+        return f"this GPU has compute capability {_dotted(capability)}, inside are {there}"
+    if driver < toolkit:
+        return (
+            f"to compile for compute capability {_dotted(capability)} it needs a driver for CUDA "
+            f"{_version(toolkit)}, this one is for {_version(driver)}"
+        )
+    return None
 
 
 def _dotted(capability: int) -> str:
@@ -79,7 +96,6 @@ class Launcher(gpu.Launcher):
         super().__init__(device)
         self._given: Any = None
         self._launches: Any = None
-        self._scaled = False
 
     def _place_gradients(self, gradients: Any) -> Any:
         addresses = gradients if isinstance(gradients, list) else None
@@ -89,25 +105,26 @@ class Launcher(gpu.Launcher):
         return self._grads.put(gradients.gradients if addresses is None else addresses, pinned_to_graph=True)
 
     def _launch(self, launch: Launch) -> None:
-        self._scaled = launch.grad_scale is not self._one or launch.found_inf is not self._zero
-        given = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in launch._replace(gradients=None))
+        kept = (x for name, x in zip(launch._fields, launch, strict=True) if name not in _OF_A_STEP)
+        given = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in kept)
         if given != self._given:
-            self._given, self._launches = given, _launcher(launch)
-        stream, gradients = self._stream(), launch.gradients
+            self._given, self._launches = given, _launcher(launch, load=not capturing(self.device))
+        rest = launch.grad_scale.data_ptr(), launch.found_inf.data_ptr(), self._stream()
+        gradients = launch.gradients
         if isinstance(gradients, list):
-            self._launches.step(gradients, stream)
+            self._launches.step(gradients, *rest)
         elif isinstance(gradients, Tensor):
-            self._launches.step_with_table(gradients.data_ptr(), stream)
+            self._launches.step_with_table(gradients.data_ptr(), *rest)
         else:
-            self._launches.step_at(gradients.gradients_at, stream)
+            self._launches.step_at(gradients.gradients_at, gradients.count, *rest)
 
     def repeat(self, groups: Sequence[GroupStep], param_groups: list[dict[str, Any]], watch: Any) -> Any:
         """The last step again: see `repeat`."""
-        # a scaler's tensors may be others in the next step
-        if watch.count > compiled.cuda.most_gradients or self._scaled:
+        if watch.count > compiled.cuda.most_gradients:
             return None
         given = [(i, group.lr) for i, group in enumerate(groups) if isinstance(group.lr, float)]
-        device, launches = self.device, self._launches
+        device, launches, count = self.device, self._launches, watch.count
+        signals = self._one.data_ptr(), self._zero.data_ptr()
         on_gpu = device.type == "cuda"
 
         def again(groups: list[dict[str, Any]], state: Any, threads: int) -> tuple[()] | None:
@@ -123,7 +140,7 @@ class Launcher(gpu.Launcher):
                 if not watch.same(groups, state):
                     return None
                 watch.increment_versions()
-                self._queue(launches.step_at, watch.gradients_at, self._stream())
+                self._queue(launches.step_at, watch.gradients_at, count, *signals, self._stream())
             finally:
                 watch.release()
             return ()
@@ -134,7 +151,7 @@ class Launcher(gpu.Launcher):
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
 
-def _launcher(launch: Launch) -> Any:
+def _launcher(launch: Launch, load: bool) -> Any:
     buckets = []
     for bucket in launch.layout.buckets:
         params, moments = bucket.key or _DEFAULT_KIND
@@ -149,8 +166,6 @@ def _launcher(launch: Launch) -> Any:
         used=launch.used.data_ptr(),
         norms=launch.norms.data_ptr(),
         tickets=launch.tickets.data_ptr(),
-        grad_scale=launch.grad_scale.data_ptr(),
-        found_inf=launch.found_inf.data_ptr(),
         alive=launch.alive.data_ptr(),
         now=launch.now,
         programs=launch.layout.programs,
@@ -159,6 +174,7 @@ def _launcher(launch: Launch) -> Any:
         count=launch.rows,
         buckets=buckets,
         normed=launch.normed,
+        load=load,
     )
 
 

@@ -7,7 +7,7 @@ cannot read in place runs through the reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -163,7 +163,9 @@ class Launcher:
                 launch(*arguments)
         except BaseException:
             # some launches took tickets, and the last one of them will not come
-            self._tickets.zero_()
+            with suppress(RuntimeError):
+                # which fails too if the device is lost
+                self._tickets.zero_()
             raise
 
     def _place_gradients(self, gradients: Any) -> Any:

@@ -171,7 +171,8 @@ def pack_groups(
         active = joint or own[0] < own[1]
         ints += [*phases, address, scope.index, normed, scope.skip_nonfinite, group.advance, active, *slots]
         b1, b2 = group.betas
-        limit = math.inf if scope.max_grad_norm is None else scope.max_grad_norm
+        # a limit of inf still makes nan of a norm that is inf
+        limit = math.nan if scope.max_grad_norm is None else scope.max_grad_norm
         floats += [rate, *split(log(b1)), *split(log(b2)), 1 - b1, b2, 1 - b2, group.eps, group.weight_decay]
         floats += [limit, -1.0 if group.maximize else 1.0]
     return [int(x) for x in ints] + phase_ints, floats + phase_floats + values

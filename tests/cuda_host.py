@@ -67,8 +67,9 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") ->
 
 
 def load(path: Path) -> ModuleType:
-    """The module at `path`, whatever else is called `_cuda`."""
-    spec = importlib.util.spec_from_file_location("fusedlr._cuda", path)
+    """The module at `path`."""
+    # by a name of its own: pybind11 makes no second module of one name
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -48,6 +48,13 @@ T __ldcg(const T* from) {
     return *from;
 }
 
+#define __builtin_assume(unused) static_cast<void>(0)
+
+template <class L>
+const char* load_kernel(void (*)(L)) {
+    return nullptr;
+}
+
 // what takes the place of a launch
 template <class L>
 const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, unsigned threads, void*) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fusedlr
-from fusedlr import backends, cli
+from fusedlr import backends, cli, compiled
 
 
 def test_it_names_versions_devices_and_reasons() -> None:
@@ -21,12 +22,19 @@ def test_it_names_versions_devices_and_reasons() -> None:
         assert (f"  {name}: {why}" in text) == (why is not None)
 
 
-@pytest.mark.parametrize("name", ["cuda", "no such backend"])
+@pytest.mark.parametrize("name", ["triton", "no such backend"])
 def test_a_backend_that_cannot_run_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDLR_BACKEND", name)
     text = cli.info()
     assert f"\nFUSEDLR_BACKEND={name}\n" in text
     assert f"on cpu: no backend: FUSEDLR_BACKEND={name!r} " in text
+
+
+def test_it_says_which_gpus_are_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(device_type="cuda", archs="75 90 120", toolkit=12080)
+    monkeypatch.setattr(compiled, "cuda", module)
+    inside = "CUDA kernel built by CUDA 12.8 for compute capability 7.5, 9.0, 12.0 and newer"
+    assert inside in cli.info().splitlines()
 
 
 def test_it_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ struct Launches {
     const char* (*norm)(const Step& step, unsigned blocks, const uintptr_t* gradients, void* stream);
     const char* (*update)(const Step& step, unsigned blocks, Type moments, bool amsgrad,
                           const uintptr_t* gradients, void* stream);
+    // has the code of both loaded for these moments: CUDA loads a kernel when it is first launched, which it
+    // cannot do while a graph is captured
+    const char* (*load)(Type moments);
     // the most that a launch can carry
     size_t most_gradients;
 };
