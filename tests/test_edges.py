@@ -33,6 +33,16 @@ def test_a_norm_over_shards_is_refused(options: dict[str, Any]) -> None:
     fusedlr.FusedAdamW(params).step()
 
 
+def test_an_infinite_limit_is_still_a_limit(device: str, backend: str) -> None:
+    # clip_grad_norm_ divides inf by inf then, and every gradient is nan
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    optimizer = fusedlr.FusedAdamW(params, max_grad_norm=math.inf, nonfinite="propagate", backend=backend)
+    params[0].grad, params[1].grad = torch.ones_like(params[0]), torch.full_like(params[1], math.inf)
+    optimizer.step()
+    assert all(p.isnan().all() for p in params)
+    assert optimizer.metrics()["coef"].isnan()
+
+
 def test_a_square_that_overflows_does_not_stop_a_parameter() -> None:
     ours, theirs = parameters(1), parameters(1)
     for p in (*ours, *theirs):
