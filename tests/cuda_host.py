@@ -5,6 +5,7 @@ Built once per state of the sources into build/, where a C++ compiler and the so
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shlex
@@ -23,18 +24,23 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS, CSRC = ROOT / "tests", ROOT / "csrc"
 # type of the parameters in csrc/cuda.cu -> its namespace
 TYPES = {"float": "f32", "BF16": "bf16", "F16": "f16"}
-# as setup.py has nvcc do it: products are rounded. Contexts are switched by longjmp, which a hardened libc refuses
-_FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas -U_FORTIFY_SOURCE"
+# as setup.py has nvcc do it: products are rounded
+_FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas"
+# contexts are switched by longjmp, which a hardened libc refuses
+_FLAGS += " -U_FORTIFY_SOURCE"
 _COMPILER = os.environ.get("CXX") or "c++"
 
 
-def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") -> Path:
-    """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path."""
+def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: Path | None = None) -> Path:
+    """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path.
+
+    `rest`: the folder of another build, to take all from but the kernels of fp32 parameters.
+    """
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
     includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [*_FLAGS.split(), *optimize.split(), *(f"-I{path}" for path in includes)]
+    flags = [*_FLAGS.split(), *more.split(), *(f"-I{path}" for path in includes)]
     kernel = ["-x", "c++", "-include", "cuda_on_host.h"]
     defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
     objects = {
@@ -45,16 +51,19 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") ->
     objects["module.o"] = [defined["archs"], str(CSRC / "cuda_module.cpp")]
     objects["sources.o"] = [defined["sources"], str(CSRC / "sources.cpp")]
 
+    linked = [name if rest is None or name == "f32.o" else str(rest / name) for name in objects]
+    made = {name: source for name, source in objects.items() if name in linked}
+
     def run(arguments: list[str]) -> None:
         command = [*shlex.split(_COMPILER), *arguments]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda item: run([*flags, "-c", *item[1], "-o", item[0]]), objects.items()))
+        list(pool.map(lambda item: run([*flags, "-c", *item[1], "-o", item[0]]), made.items()))
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     # in one move: another process may be looking for it
-    run(["-shared", *objects, "-o", f"{path}.new"])
+    run(["-shared", *more.split(), *linked, "-o", f"{path}.new"])
     os.replace(f"{path}.new", path)
     return path
 
@@ -79,20 +88,29 @@ def why_not() -> str | None:
     return None
 
 
-def install() -> None:
-    """Let the backend `cuda` run on the CPU in this process, if it can be built."""
-    if why_not() is not None:
-        return
+def installed() -> Path:
+    """The module of this state of the sources, built if it is not there."""
     state = digest(CSRC, TESTS / "cuda_on_host.cpp", TESTS / "cuda_on_host.h")
     folder = ROOT / "build" / "cuda-on-host" / state[:16]
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.is_file():
         shutil.rmtree(folder.parent, ignore_errors=True)
         build(folder)
-    use(load(path))
+    return path
+
+
+def install() -> None:
+    """Let the backend `cuda` run on the CPU in this process, if it can be built."""
+    if why_not() is None:
+        use(load(installed()))
 
 
 def use(module: Any) -> None:
     """Make `module` the one that is called, by those who ask for it by name."""
     compiled.cuda, compiled.cuda_error = module, None
     backends.BACKENDS["cuda"] = backends.BACKENDS.pop("cuda")
+
+
+def functions() -> ctypes.CDLL:
+    """What cuda_on_host.cpp lets tests call in the module in use."""
+    return ctypes.CDLL(compiled.cuda.__file__)

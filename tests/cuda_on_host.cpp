@@ -40,6 +40,8 @@ const std::function<void()>* body;
 // 0: in order, 1: from the last to the first, else shuffled by this seed
 unsigned order_of_threads;
 
+long launches = 0, launch_that_fails = -1;
+
 Fiber& current() { return fibers[threadIdx.x]; }
 
 void stop(At at) {
@@ -119,7 +121,8 @@ float from_lane(float x, int away) {
     return y;
 }
 
-void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+const char* run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+    if (launches++ == launch_that_fails) return "this launch is to fail";
     const char* const order_asked_for = std::getenv("CUDA_ON_HOST_ORDER");
     order_of_threads = order_asked_for ? unsigned(std::atoi(order_asked_for)) : 0;
     count = threads;
@@ -129,9 +132,15 @@ void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel)
         blockIdx.x = i;
         run_block(order(threads, i));
     }
+    return nullptr;
 }
 
 }  // namespace on_host
+
+// for the tests, which find them in the module by ctypes
+#define FUSEDLR_EXPORT extern "C" __attribute__((visibility("default")))
+FUSEDLR_EXPORT long on_host_launches() { return on_host::launches; }
+FUSEDLR_EXPORT void on_host_fail_after(long more) { on_host::launch_that_fails = on_host::launches + more; }
 
 namespace fusedlr {
 
