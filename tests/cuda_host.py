@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,8 @@ TYPES = {"float": "f32", "BF16": "bf16", "F16": "f16"}
 _FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 # contexts are switched by longjmp, which a hardened libc refuses
 _FLAGS += " -U_FORTIFY_SOURCE"
+# csrc/cuda.cu, or what includes it
+_KERNELS = ["-x", "c++", "-include", "cuda_on_host.h"]
 _COMPILER = os.environ.get("CXX") or "c++"
 
 
@@ -41,10 +44,9 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: 
     folder.mkdir(parents=True, exist_ok=True)
     includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*_FLAGS.split(), *more.split(), *(f"-I{path}" for path in includes)]
-    kernel = ["-x", "c++", "-include", "cuda_on_host.h"]
     defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
     objects = {
-        f"{name}.o": [*kernel, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
+        f"{name}.o": [*_KERNELS, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
         for type_, name in TYPES.items()
     }
     objects["on_host.o"] = [str(TESTS / "cuda_on_host.cpp")]
@@ -54,18 +56,27 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: 
     linked = [name if rest is None or name == "f32.o" else str(rest / name) for name in objects]
     made = {name: source for name, source in objects.items() if name in linked}
 
-    def run(arguments: list[str]) -> None:
-        command = [*shlex.split(_COMPILER), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda item: run([*flags, "-c", *item[1], "-o", item[0]]), made.items()))
+        list(pool.map(lambda item: _run([*flags, "-c", *item[1], "-o", item[0]], folder), made.items()))
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     # in one move: another process may be looking for it
-    run(["-shared", *more.split(), *linked, "-o", f"{path}.new"])
+    _run(["-shared", *more.split(), *linked, "-o", f"{path}.new"], folder)
     os.replace(f"{path}.new", path)
     return path
+
+
+def library(folder: Path, source: Path, more: list[str]) -> Path:
+    """A library of one file that includes the kernels, for ctypes."""
+    files = [*_KERNELS, str(source), "-x", "none", str(TESTS / "cuda_on_host.cpp")]
+    path = folder / "library.so"
+    _run([*_FLAGS.split(), f"-I{CSRC}", f"-I{TESTS}", *more, "-shared", *files, "-o", str(path)], folder)
+    return path
+
+
+def _run(arguments: list[str], folder: Path) -> None:
+    command = [*shlex.split(_COMPILER), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def load(path: Path) -> ModuleType:
@@ -94,8 +105,17 @@ def installed() -> Path:
     folder = ROOT / "build" / "cuda-on-host" / state[:16]
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.is_file():
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        build(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # those of other states; what another process is building has a longer name
+        for old in folder.parent.glob("?" * 16):
+            shutil.rmtree(old, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+        build(building)
+        try:
+            building.rename(folder)
+        except OSError:
+            # another process was faster
+            shutil.rmtree(building)
     return path
 
 

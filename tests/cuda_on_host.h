@@ -1,6 +1,7 @@
 // CUDA in plain C++, for machines without a GPU: included before csrc/cuda.cu, it makes its kernels run on
-// the host, a block at a time and a thread at a time. Threads are fibers that only stop at barriers, in an
-// order that can be chosen: what lacks a barrier comes out wrong in one of them.
+// the host, a block at a time and a thread at a time. Threads are fibers that only stop at barriers, and
+// warps get ahead of each other as far as these let them, in an order that can be chosen: what lacks a
+// barrier comes out wrong in one of them.
 #pragma once
 
 #include <cmath>

@@ -87,3 +87,11 @@ TRITON_POWER_ULPS = 3
 # to an update, which is not larger than the parameters of the tests; a last rounding of the element 1.2e-7
 # (measured 4e-7)
 GPU_STEP = 1.5e-6
+
+# --- CUDA
+
+# 1 - b**t for t of 1 to 1.6e7: an ulp of expm1, as CUDA documents, half of one each of what the rounding of
+# its argument took and of the sum (measured with glibc's expm1: 1.18)
+CUDA_BIAS_ULPS = 2
+# its root: half the relative error, which is at most as many ulp, and a rounding (measured: 1.14)
+CUDA_ROOT_BIAS_ULPS = 2.5
