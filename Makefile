@@ -1,12 +1,14 @@
 # every target makes .venv ready by itself: python3 (3.10 to 3.13, with venv and pip) is all it takes
 # PYTHON=...  the interpreter to make .venv with; if it has torch, that torch is used
 # ARGS=...    passed on, as in: make test ARGS="-k cosine -x"
+# JOBS=...    processes that share the tests (default 2); 0 for one, as a debugger wants it
 PYTHON ?= python3
 OUT ?= bench/results/gpu
 PYTHONS ?= $(PYTHON)
 TORCHES ?= own
+JOBS ?= 2
 RUN := .venv/bin/python
-CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp)
+CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp tests/*.h)
 
 # idle OpenMP threads that spin take the cores from whoever has work
 OMP_WAIT_POLICY ?= PASSIVE
@@ -21,7 +23,7 @@ demo: env-demo  ## fine-tune a small model and compare with stock AdamW and sche
 	$(RUN) -m fusedlr demo $(ARGS)
 
 test: env-dev  ## all tests that this machine can run
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) $(ARGS)
 
 lint: env-dev  ## ruff, mypy, clang-format: check only
 	$(RUN) -m ruff check

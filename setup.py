@@ -1,17 +1,15 @@
-"""Builds the compiled modules from csrc/; metadata lives in pyproject.toml.
+"""Builds the compiled modules from csrc/; metadata lives in pyproject.toml, how to compile in csrc/recipe.py.
 
 FUSEDLR_CPU=auto|0|1: fusedlr._cpu if it can be built (the default), never, or else fail.
-CXX, CXXFLAGS and LDFLAGS are the compiler, with arguments if need be, and more flags.
+FUSEDLR_CUDA=auto|0|1: the same for fusedlr._cuda, which takes nvcc; FUSEDLR_CUDA_ARCHS="80 90" says for what.
+CXX, CXXFLAGS, LDFLAGS and NVCC are the compilers, with arguments if need be, and more flags.
 """
 
 import os
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,75 +19,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
+
+import recipe  # noqa: E402
 
 from fusedlr.sources import digest  # noqa: E402
 
-WANTED = os.environ.get("FUSEDLR_CPU") or "auto"
-if WANTED not in ("auto", "0", "1"):
-    sys.exit(f"FUSEDLR_CPU={WANTED!r} is unknown, expected auto, 0 or 1")
-CXX = os.environ.get("CXX") or "c++"
-CXXFLAGS, LDFLAGS = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
-# contraction off: products are rounded as the reference rounds them; no fast-math, no -march=native
-FLAGS = "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC -Wall"
-# instruction set -> flags; the best that a machine has is chosen when the module is loaded
-ISAS = {"baseline": ""}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS["avx2"] = "-mavx2"
-    ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-    FLAGS += " -DFUSEDLR_X86"
-# darwin is untried
-LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-
-
-def openmp():
-    """The flag for OpenMP; empty where the compiler has none (Apple's): the kernel then has one thread."""
-    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-    with tempfile.TemporaryDirectory() as folder:
-        target = shlex.quote(os.path.join(folder, "probe"))
-        command = f"{CXX} {CXXFLAGS} -x c++ -fopenmp - {LDFLAGS} -o {target}"
-        probe = subprocess.run(command, shell=True, input=program, text=True, capture_output=True)
-    return "" if probe.returncode else "-fopenmp"
-
-
-def ninja_file(output):
-    """The build of fusedlr._cpu: an object per source and instruction set, all at once, then the module."""
-    import pybind11
-
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    include = " ".join(f"-I{shlex.quote(str(path))}" for path in includes)
-    # the slowest first
-    objects = {f"{name}.o": (f"{name}.cpp", include) for name in ("cpu_module", "watch")}
-    objects |= {
-        f"kernel_{isa}.o": ("cpu_kernel.cpp", f"-DFUSEDLR_ISA={isa} {flags}") for isa, flags in ISAS.items()
-    }
-    objects |= {
-        "cpu.o": ("cpu.cpp", ""),
-        "sources.o": ("sources.cpp", f"-DFUSEDLR_SOURCES={digest(ROOT / 'csrc')}"),
-    }
-    more = openmp()
-    lines = [
-        f"cxx = {dollars(CXX)}",
-        f"flags = {FLAGS} {more} {dollars(CXXFLAGS)}",
-        "rule compile",
-        "  command = $cxx $flags $more -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = $cxx $in {LINK} {more} {dollars(LDFLAGS)} -o $out",
-    ]
-    for name, (source, more) in objects.items():
-        lines += [f"build {name}: compile {escape(ROOT / 'csrc' / source)}", f"  more = {dollars(more)}"]
-    lines += [f"build {escape(output)}: link {' '.join(objects)}", ""]
-    return "\n".join(lines)
-
-
-def dollars(text):
-    return text.replace("$", "$$")
-
-
-def escape(path):
-    return dollars(str(path)).replace(" ", "$ ").replace(":", "$:")
+# module -> its kernel's name, and whether it is asked for
+KERNELS = {"_cpu": "C++ kernel", "_cuda": "CUDA kernel"}
+WANTED = {module: os.environ.get(f"FUSEDLR{module.upper()}") or "auto" for module in KERNELS}
+for module, wanted in WANTED.items():
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"FUSEDLR{module.upper()}={wanted!r} is unknown, expected auto, 0 or 1")
 
 
 class NinjaBuild(build_ext):
@@ -100,19 +41,42 @@ class NinjaBuild(build_ext):
             (ROOT / path).unlink(missing_ok=True)
         super().run()
 
-    def build_extension(self, ext):
+    def build_extensions(self):
+        outputs = {
+            ext.name.split(".")[1]: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions
+        }
+        for output in outputs.values():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.unlink(missing_ok=True)
         if sys.platform == "win32":
-            raise CompileError("the C++ kernel has not been tried on Windows: the package runs its reference")
+            self.missed(outputs, "has not been tried on Windows: the package runs its reference")
+            return
+        try:
+            self.compile(outputs)
+        except recipe.Unavailable as why:
+            self.missed({"_cuda": outputs.pop("_cuda")}, f"cannot be compiled: {why}")
+            self.compile(outputs)
+        self.missed(outputs, "did not compile (see above)")
+
+    def compile(self, outputs):
         import ninja
 
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        output.parent.mkdir(parents=True, exist_ok=True)
         # not build_temp, which is another one for every editable build: ninja keeps what has not changed
         folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(output))
-        if subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]):
-            raise CompileError("the C++ kernel did not compile (see above): FUSEDLR_CPU=0 leaves it out")
+        (folder / "build.ninja").write_text(recipe.ninja_file(outputs, digest(ROOT / "csrc")))
+        # on after a failure: one module may have no good compiler, and the other one has
+        subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-k", "0"])
+
+    def missed(self, outputs, why):
+        """Fail for a module that is not there and was asked for, else say so."""
+        for module, output in outputs.items():
+            if output.exists():
+                continue
+            text = f"the {KERNELS[module]} {why}: FUSEDLR{module.upper()}=0 leaves it out"
+            if WANTED[module] == "1":
+                raise CompileError(text)
+            self.warn(text)
 
 
 class CleanBuild(build):
@@ -125,15 +89,18 @@ class CleanBuild(build):
 class Wheel(bdist_wheel):
     def run_command(self, command):
         super().run_command(command)
-        built = Path(self.get_finalized_command("build").build_lib).rglob("_cpu.*")
-        if command == "build" and not any(built):
+        built = Path(self.get_finalized_command("build").build_lib)
+        if command == "build" and not any(any(built.rglob(f"{module}.*")) for module in KERNELS):
             # for any Python and platform
             self.distribution.ext_modules = []
             self.root_is_pure = True
 
 
-module = Extension("fusedlr._cpu", ["csrc/cpu_module.cpp"], optional=WANTED != "1")
 setup(
-    ext_modules=[] if WANTED == "0" else [module],
+    ext_modules=[
+        Extension(f"fusedlr.{module}", [f"csrc{module.replace('_', '/')}_module.cpp"], optional=wanted != "1")
+        for module, wanted in WANTED.items()
+        if wanted != "0"
+    ],
     cmdclass={"build_ext": NinjaBuild, "build": CleanBuild, "bdist_wheel": Wheel},
 )

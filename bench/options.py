@@ -14,6 +14,11 @@ from fusedlr.console import add_device, device, number, writable
 
 from .shapes import DEFAULT, INVENTORIES, MODELS, RANKS, Inventory
 
+# how adapters are named, in words
+NAMES = (
+    f"tiny, or MODEL-TARGETS-rRANK of {', '.join(model.label.lower() for model in MODELS)}; qv, all; "
+    f"{', '.join(map(str, RANKS))}"
+)
 # option -> values of OMP_WAIT_POLICY, each a process of its own
 WAIT_POLICIES = {"passive": ("PASSIVE",), "active": ("ACTIVE",), "both": ("PASSIVE", "ACTIVE")}
 
@@ -53,14 +58,12 @@ class Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options to `parser`; what is not given is filled in by `resolve`."""
-    models = ", ".join(model.label.lower() for model in MODELS)
     add = parser.add_argument
     add(
         "inventories",
         nargs="*",
         metavar="INVENTORY",
-        help=f"adapters to update: tiny, or MODEL-TARGETS-rRANK of {models}; qv, all; "
-        f"{', '.join(map(str, RANKS))}. Shell patterns work: 'llama-*-qv-r8' (default: {DEFAULT})",
+        help=f"adapters to update: {NAMES}. Shell patterns work: 'llama-*-qv-r8' (default: {DEFAULT})",
     )
     add("--all", action="store_true", help="all inventories for which there is memory (default: no)")
     add(
@@ -82,16 +85,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="clip to the norm of all gradients (default: yes)",
     )
-    add("--threads", type=number(int, 1, 4096), help="CPU threads (default: as many as torch takes)")
+    add(
+        "--threads",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="CPU threads (default: as many as torch takes)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--rounds",
         type=number(int, 1, 100_000),
+        metavar="N",
         help="rounds in which every provider is timed once (default: what fits into --seconds, at least 5)",
     )
     length.add_argument(
         "--seconds",
         type=number(float, 0, 1e5, above=True),
+        metavar="X",
         default=1.5,
         help="time for the rounds of an inventory (default: %(default)s)",
     )
@@ -148,7 +158,7 @@ def _inventories(args: argparse.Namespace, parser: argparse.ArgumentParser) -> t
     for pattern in args.inventories or (["*"] if args.all else [DEFAULT]):
         found = fnmatch.filter(INVENTORIES, pattern.lower())
         if not found:
-            parser.error(f"argument INVENTORY: {pattern} matches none of {', '.join(INVENTORIES)}")
+            parser.error(f"argument INVENTORY: {pattern} matches none of {NAMES}")
         names.update(dict.fromkeys(found))
     return tuple(INVENTORIES[name] for name in names)
 

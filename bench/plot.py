@@ -106,13 +106,17 @@ def _ratios(runs: list[Data]) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
     texts = [f"{label}, {_size(result)}" for label, result in labels.items()]
     axes[0][0].set_yticks(range(len(texts)), texts, fontsize=8)
-    axes[0][0].set_ylabel("adapter, number of parameters")
+    axes[0][0].set_ylabel("adapter, number of parameters", fontsize=9)
     axes[0][0].set_ylim(len(texts) - 0.4, -0.6)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
-    clip = "clipping, AdamW and schedule" if results[0]["clip"] else "AdamW and schedule, no clipping"
-    figure.suptitle(f"{clip}, {results[0]['dtype']}\n{_machine(runs[0])}", fontsize=10)
+    figure.suptitle(f"{_measured(results[0])}\n{_machine(runs[0])}", fontsize=10)
     return figure
+
+
+def _measured(result: Data) -> str:
+    clip = "clipping, AdamW and schedule" if result["clip"] else "AdamW and schedule, no clipping"
+    return f"{clip}, {result['dtype']}; medians and quartiles"
 
 
 def _size(result: Data) -> str:
@@ -137,7 +141,8 @@ def _sweeps(runs: list[Data]) -> Any:
         panel.set_xlabel("number of tensors" if name == "tensors" else "number of parameters")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(_machine(runs[0]), fontsize=10)
+    first = next(result for run in runs for results in run["sweeps"].values() for result in results)
+    figure.suptitle(f"{_measured(first)}\n{_machine(runs[0])}", fontsize=10)
     return figure
 
 
@@ -171,7 +176,8 @@ def _sweep(panel: Any, name: str, results: list[Data], colours: dict[str, str]) 
         r["parameters"] * r["rows"][0]["bytes_per_parameter"] / r["bandwidth_gb_per_s"]["median"] / 1e6
         for r in results
     ]
-    panel.plot([r[key] for r in results], least, color="black", linestyle=":", label="bandwidth limit")
+    label = "its bytes at the bandwidth of an operation in place"
+    panel.plot([r[key] for r in results], least, color="black", linestyle=":", label=label)
     panel.set_xscale("log")
     panel.set_yscale("log")
     # 2 and 5 between the powers of ten, where there are few of those

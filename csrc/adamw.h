@@ -6,7 +6,8 @@
 
 namespace fusedlr {
 
-// per tensor and step, made in double where that is fast; R is the precision of the arithmetic, double for fp64 tensors
+// per tensor and step, made in double where that is fast; R is the precision of the arithmetic, double for
+// fp64 tensors
 template <class R>
 struct Scalars {
     R factor;    // unscaling times clipping, negative to maximize

@@ -1,5 +1,5 @@
-// The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. setup.py compiles this
-// once per type of the parameters, FUSEDLR_TYPE, in namespace FUSEDLR_NAME.
+// The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. setup.py compiles
+// this once per type of the parameters, FUSEDLR_TYPE, in namespace FUSEDLR_NAME.
 //
 // A block has one chunk of one tensor. Its first thread finds out what holds for the chunk while the others
 // fetch it. The last block of all to finish adds up the norms, or moves the counters: nothing needs the host.
@@ -33,7 +33,9 @@ struct Launch {
     Step step;
     uint64_t gradients[N];
 
-    __device__ uint64_t gradient(int64_t i) const { return step.gradients ? step.gradients[i] : gradients[i]; }
+    __device__ uint64_t gradient(int64_t i) const {
+        return step.gradients ? step.gradients[i] : gradients[i];
+    }
 };
 constexpr int kFew = (4096 - sizeof(Step)) / 8;
 constexpr int kMany = (32764 - sizeof(Step)) / 8;
@@ -83,12 +85,19 @@ __device__ float lr_at(const Step& step, const GroupInts& ints, const GroupFloat
     return ints.lr ? *reinterpret_cast<const float*>(ints.lr) : floats.rate;
 }
 
-__device__ Scalars<float> scalars_of(const TensorRow& row, const GroupFloats& floats, float lr, float factor) {
+__device__ Scalars<float> scalars_of(const TensorRow& row, const GroupFloats& floats, float lr,
+                                     float factor) {
     const double t = double(*reinterpret_cast<const float*>(row.step)) + 1;
     const float bc1 = bias_correction<float>(t, double(floats.log_b1_hi) + double(floats.log_b1_lo));
     const float bc2 = bias_correction<float>(t, double(floats.log_b2_hi) + double(floats.log_b2_lo));
-    return {factor * floats.sign, lr * floats.weight_decay, lr / bc1,  sqrtf(bc2),
-            floats.eps,           floats.one_b1,            floats.b2, floats.one_b2};
+    return {factor * floats.sign,
+            lr * floats.weight_decay,
+            lr / bc1,
+            sqrtf(bc2),
+            floats.eps,
+            floats.one_b1,
+            floats.b2,
+            floats.one_b2};
 }
 
 // --- one chunk
@@ -248,8 +257,8 @@ __device__ void count_step(const Step& step) {
 }
 
 // what holds for a chunk, found out by one thread; row is null where the chunk has no elements
-__device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow* row, Scalars<float>& scalars,
-                        bool& skip) {
+__device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow* row,
+                        Scalars<float>& scalars, bool& skip) {
     const GroupInts& ints = step.group_ints[chunk.group];
     const GroupFloats& floats = step.group_floats[chunk.group];
     const float lr = lr_at(step, ints, floats, step.counters[chunk.group]);
@@ -297,7 +306,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 // one optimizer step on the tensors of a bucket; the last block of all buckets counts it
 template <int N, class M, bool AMSGRAD>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads) step_kernel(const __grid_constant__ Launch<N> launch) {
+__global__ void __launch_bounds__(kThreads, 512 / kThreads)
+    step_kernel(const __grid_constant__ Launch<N> launch) {
     const Step& step = launch.step;
     const int thread = threadIdx.x;
     if (*step.alive != step.now) {
@@ -345,7 +355,8 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) step_kernel(const __
 
 #ifdef __CUDACC__
 template <class L>
-const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, unsigned threads, void* stream) {
+const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, unsigned threads,
+                          void* stream) {
     void* arguments[] = {const_cast<L*>(&launch)};
     const cudaError_t error =
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, 0,

@@ -17,8 +17,7 @@ int driver() {
 int capability(int device, std::string& error) {
     int major = 0, minor = 0;
     cudaError_t said = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (said == cudaSuccess)
-        said = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (said == cudaSuccess) said = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (said == cudaSuccess) return 10 * major + minor;
     // or the next call that looks would find it
     cudaGetLastError();

@@ -28,7 +28,8 @@ struct Bucket {
 using BucketRow = std::tuple<int, int, bool, int32_t, unsigned>;
 
 const Launches* launches_for(int param, int moments) {
-    if (moments != param && moments != kF32) throw std::invalid_argument("there is no kernel for these moments");
+    if (moments != param && moments != kF32)
+        throw std::invalid_argument("there is no kernel for these moments");
     switch (param) {
         case kF32:
             return &f32::launches;
@@ -111,8 +112,8 @@ class Launcher {
             for (size_t i = 0; !error && i < buckets_.size(); ++i) {
                 const Bucket& bucket = buckets_[i];
                 step.first = bucket.first;
-                error = bucket.launches->update(step, bucket.blocks, bucket.moments, bucket.amsgrad, gradients,
-                                                queue);
+                error = bucket.launches->update(step, bucket.blocks, bucket.moments, bucket.amsgrad,
+                                                gradients, queue);
             }
         }
         if (error) throw std::runtime_error(std::string("the CUDA kernel was not launched: ") + error);
@@ -124,11 +125,10 @@ class Launcher {
 };
 
 #define FUSEDLR_COLUMN(name) columns.append(#name);
-#define FUSEDLR_TABLE(name, table)           \
-    {                                        \
-        py::list columns;                    \
-        table(FUSEDLR_COLUMN) tables[name] = \
-            py::tuple(columns);              \
+#define FUSEDLR_TABLE(name, table)                               \
+    {                                                            \
+        py::list columns;                                        \
+        table(FUSEDLR_COLUMN) tables[name] = py::tuple(columns); \
     }
 
 py::dict columns_of_tables() {

@@ -1,5 +1,5 @@
-// What a step on a GPU reads: the rows of the tables that fusedlr/tables.py fills, column by column. The
-// columns are listed there too; the module tells its own, and whoever loads it compares.
+// What a step on a GPU reads: the rows of the tables that fusedlr/tables.py fills. It lists the columns too; the
+// module tells its own, and a test compares.
 #pragma once
 
 #include "schedule.h"
@@ -9,10 +9,11 @@
 #define FUSEDLR_GROUP_INTS(X) \
     X(first_phase)            \
     X(last_phase) X(lr) X(scope) X(normed) X(skip_nonfinite) X(advance) X(active) X(first_slot) X(last_slot)
-#define FUSEDLR_GROUP_FLOATS(X)                               \
-    X(rate)                                                   \
-    X(log_b1_hi) X(log_b1_lo) X(log_b2_hi) X(log_b2_lo)       \
-        X(one_b1) X(b2) X(one_b2) X(eps) X(weight_decay) X(max_grad_norm) X(sign)
+#define FUSEDLR_GROUP_FLOATS(X)                                                                              \
+    X(rate)                                                                                                  \
+    X(log_b1_hi)                                                                                             \
+    X(log_b1_lo) X(log_b2_hi) X(log_b2_lo) X(one_b1) X(b2) X(one_b2) X(eps) X(weight_decay) X(max_grad_norm) \
+        X(sign)
 #define FUSEDLR_PHASE_INTS(X) X(begin) X(end) X(origin) X(shape) X(whole)
 #define FUSEDLR_PHASE_FLOATS(X) X(from_) X(to) X(param_hi) X(param_lo)
 

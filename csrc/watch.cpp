@@ -130,19 +130,30 @@ Watch::Watch(const py::list& groups, const py::dict& state) {
     gradients_.resize(rows_.size());
     size_t written = 0;
     for (const Row& row : rows_)
-        for (int i = 0; i < 6; ++i) written += i != 1 && row.of[i].type;
+        for (int i = 0; i < 6; ++i) written += i != 1 && row.of[i].type && !(i == 5 && row.shares_step);
+    counters_ = py::object();
     written_ = py::list(written);
     for (size_t i = 0; i < written; ++i) written_[i] = py::none();
 }
 
 void Watch::add_row(PyObject* param, PyObject* entry, bool amsgrad) {
     const py::object gradient = torch().gradient(param);
-    Row row = {{meta(param), meta(gradient.ptr())}};
+    Row row = {{meta(param), meta(gradient.ptr())}, true, false};
+    // Torch makes negative views of imaginary parts alone, whose numbers lie two apart. To ask each gradient
+    // would give up the interpreter's lock as often: another thread that wants it keeps it for milliseconds
+    const Meta& g = row.of[1];
+    for (uint32_t i = g.begin; i < g.end; i += 2)
+        row.may_be_negated &= extents_[i] < 2 || extents_[i + 1] != 1;
     for (int i = 0; i < 4; ++i) {
         if (i == 2 && !amsgrad) continue;
         PyObject* const value = item(entry, i);
         if (!value) throw std::runtime_error("a parameter has no state");
         row.of[2 + i] = meta(value);
+        if (i < 3) continue;
+        // views of one tensor, as fusedlr/plan.py makes them
+        py::object counters = py::getattr(py::handle(value), "_base");
+        row.shares_step = !counters.is_none() && counters.is(counters_);
+        counters_ = std::move(counters);
     }
     rows_.push_back(row);
 }
@@ -196,7 +207,8 @@ bool Watch::same(const py::object& param_groups, const py::object& its_state) tr
             const Row& row = rows_[size_t(param.row)];
             PyObject* const g = gradient.ptr();
             void* moved_to;
-            if (!as_before(p, row.of[0]) || !as_before(g, row.of[1], &moved_to) || torch().is_negated(g))
+            if (!as_before(p, row.of[0]) || !as_before(g, row.of[1], &moved_to) ||
+                (row.may_be_negated && torch().is_negated(g)))
                 return false;
             gradients_[size_t(param.row)] = uintptr_t(moved_to);
             gradients_alive_.push_back(std::move(gradient));
@@ -213,7 +225,7 @@ bool Watch::same(const py::object& param_groups, const py::object& its_state) tr
             if (!row.of[2 + i].type) continue;
             PyObject* const value = item(entry, i);
             if (!as_before(value, row.of[2 + i])) return false;
-            write(value);
+            if (i < 3 || !row.shares_step) write(value);
         }
     }
     return true;

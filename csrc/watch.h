@@ -54,6 +54,10 @@ class Watch {
     // parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq, step
     struct Row {
         Meta of[6];
+        // whether its gradient could be a negative view without looking like another tensor
+        bool may_be_negated;
+        // whether its step shares another row's version counter
+        bool shares_step;
     };
 
     Meta meta(PyObject* tensor);
@@ -69,6 +73,7 @@ class Watch {
     std::vector<pybind11::object> gradients_alive_;
     pybind11::list written_;  // as long as there are tensors to write, from the start
     Py_ssize_t filled_ = 0;
+    pybind11::object counters_;  // of the row that was added last
 };
 
 }  // namespace fusedlr

@@ -37,7 +37,7 @@ BACKENDS = {
     for backend in (
         # before Triton, which on the CPU is an interpreter
         Backend("cpu", cpu.step_, cpu.why_not, repeat=cpu.repeat),
-        Backend("cuda", cuda_step.step_, cuda_step.why_not, single=True),
+        Backend("cuda", cuda_step.step_, cuda_step.why_not, single=True, repeat=cuda_step.repeat),
         Backend("triton", triton_step.step_, triton_step.why_not, single=True),
         Backend("reference", reference.step_, lambda devices: None),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fusedlr import __version__, demo, plot
+from fusedlr.console import Parser
 
 # the checkout, or where the package is installed
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # idle OpenMP threads that spin cost up to 20x on a busy machine; torch reads this when it is loaded
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = argparse.ArgumentParser(
-        prog="fusedlr", description="AdamW with the learning rate schedule fused into its step."
-    )
+    parser = Parser(prog="fusedlr", description="AdamW with the learning rate schedule fused into its step.")
     parser.add_argument("--version", action="version", version=f"fusedlr {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
@@ -55,9 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "For example: fusedlr plot cosine linear --warmup-steps 200 --total-steps 4000 --peak 1e-5",
     )
     plot.add_arguments(plot_parser)
-    commands.add_parser("info", help="versions, devices, and which backend would run; for bug reports")
+    commands.add_parser(
+        "info",
+        help="versions, devices, and which backend would run; for bug reports",
+        description="Print versions, devices, the backend that would run on each, and why the others would "
+        "not: what a bug report should start with.",
+    )
 
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # the command's own help has what there is
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "demo":
         return demo.run(args, demo_parser)
     if args.command == "bench":
@@ -90,7 +96,7 @@ def info() -> str:
     """Versions, devices, and for every device which backend runs there and why the others do not."""
     import torch
 
-    from fusedlr import backends, cpu
+    from fusedlr import backends, compiled, cpu, cuda_step
 
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
@@ -105,9 +111,14 @@ def info() -> str:
     if cpu.why_not(devices) is None:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
+    if compiled.cuda is not None:
+        inside = ", ".join(f"{arch // 10}.{arch % 10}" for arch in cuda_step.archs())
+        built = f"{compiled.cuda.toolkit // 1000}.{compiled.cuda.toolkit % 1000 // 10}"
+        lines.append(f"CUDA kernel built by CUDA {built} for compute capability {inside} and newer")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
         devices.append(torch.device("cuda", i))
     for device in devices:
         try:

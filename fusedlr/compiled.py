@@ -1,4 +1,7 @@
-"""The compiled modules `fusedlr._cpu` and `fusedlr._cuda`, or why there is none. Imported by who calls into them."""
+"""The compiled modules `fusedlr._cpu` and `fusedlr._cuda`, or why there is none.
+
+Imported by whoever calls into them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _load(name: str, kernel: str, compiler: str) -> tuple[Any, str | None]:
         return None, f"the {kernel} does not load ({error}): {_AGAIN}"
     # "" but in a checkout, whose sources may have moved on
     if digest(Path(__file__).parents[1] / "csrc") not in ("", getattr(module, "sources", None)):
-        return None, f"the {kernel}'s sources have changed since it was built: {_AGAIN}"
+        return None, f"its sources have changed since it was built: {_AGAIN}"
     return module, None
 
 

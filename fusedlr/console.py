@@ -1,8 +1,16 @@
-"""What the commands share: types of arguments, a check of folders, text in columns."""
+"""What the commands share: a parser, types of arguments, a check of folders, text in columns."""
 
 import argparse
 import math
 from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes end in one line and exit code 2; argparse would put the whole usage in front of it."""
+
+    def error(self, message):
+        """End the program; `message` names the argument."""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
 
 
 def number(kind, low, high=math.inf, above=False):

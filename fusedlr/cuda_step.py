@@ -1,13 +1,14 @@
 """The step in CUDA: launches the kernels of csrc/cuda.cu on the tables of fusedlr/gpu.py.
 
-Gradients are allocated anew all the time; their addresses travel in the parameters of a launch, so a step like
-the last one copies nothing to the device.
+Gradients are allocated anew all the time; their addresses travel in the parameters of a launch, so a step
+like the last one copies nothing to the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from fusedlr import compiled, gpu
 from fusedlr.compiled import TYPES
 from fusedlr.gpu import Launch
+from fusedlr.plan import pack_of
+from fusedlr.reference import GroupStep
+from fusedlr.staging import capturing
 
 # a launch that only counts is of this kind
 _DEFAULT_KIND = torch.float32, torch.float32
@@ -36,11 +40,10 @@ def _not_here(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None
     toolkit, driver = compiled.cuda.toolkit, compiled.cuda.driver()
+    if driver == 0:
+        return "there is no CUDA driver"
     if driver // 1000 < toolkit // 1000:
-        return (
-            f"it was built by CUDA {_version(toolkit)}, which the driver, for CUDA {_version(driver)}, is too "
-            "old for"
-        )
+        return f"it needs a driver for CUDA {_version(toolkit)}, this one is for CUDA {_version(driver)}"
     try:
         return misses(compiled.cuda.capability(device.index or 0), archs())
     except RuntimeError as error:
@@ -51,7 +54,9 @@ def misses(capability: int, inside: list[int]) -> str | None:
     """Why a GPU of this compute capability can run none of these, of which the last is also there as PTX."""
     if capability >= inside[-1] or any(a // 10 == capability // 10 and a <= capability for a in inside):
         return None
-    return f"this GPU has compute capability {_dotted(capability)}, inside are {', '.join(map(_dotted, inside))}"
+    return (
+        f"this GPU has compute capability {_dotted(capability)}, inside are {', '.join(map(_dotted, inside))}"
+    )
 
 
 def _dotted(capability: int) -> str:
@@ -74,6 +79,7 @@ class Launcher(gpu.Launcher):
         super().__init__(device)
         self._given: Any = None
         self._launches: Any = None
+        self._scaled = False
 
     def _place_gradients(self, gradients: Any) -> Any:
         addresses = gradients if isinstance(gradients, list) else None
@@ -83,17 +89,48 @@ class Launcher(gpu.Launcher):
         return self._grads.put(gradients.gradients if addresses is None else addresses, pinned_to_graph=True)
 
     def _launch(self, launch: Launch) -> None:
+        self._scaled = launch.grad_scale is not self._one or launch.found_inf is not self._zero
         given = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in launch._replace(gradients=None))
         if given != self._given:
             self._given, self._launches = given, _launcher(launch)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        gradients = launch.gradients
+        stream, gradients = self._stream(), launch.gradients
         if isinstance(gradients, list):
             self._launches.step(gradients, stream)
         elif isinstance(gradients, Tensor):
             self._launches.step_with_table(gradients.data_ptr(), stream)
         else:
             self._launches.step_at(gradients.gradients_at, stream)
+
+    def repeat(self, groups: Sequence[GroupStep], param_groups: list[dict[str, Any]], watch: Any) -> Any:
+        """The last step again: see `repeat`."""
+        # a scaler's tensors may be others in the next step
+        if watch.count > compiled.cuda.most_gradients or self._scaled:
+            return None
+        given = [(i, group.lr) for i, group in enumerate(groups) if isinstance(group.lr, float)]
+        device, launches = self.device, self._launches
+
+        def again(groups: list[dict[str, Any]], state: Any, threads: int) -> tuple[()] | None:
+            if self._launches is not launches or len(groups) != len(param_groups):
+                return None
+            if not all(map(is_, groups, param_groups)) or capturing(device):
+                return None
+            for i, rate in given:
+                # a tensor would have to be read
+                if not isinstance(groups[i]["lr"], float) or groups[i]["lr"] != rate:
+                    return None
+            try:
+                if not watch.same(groups, state):
+                    return None
+                watch.increment_versions()
+                self._queue(launches.step_at, watch.gradients_at, self._stream())
+            finally:
+                watch.release()
+            return ()
+
+        return again
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
 
 
 def _launcher(launch: Launch) -> Any:
@@ -118,10 +155,22 @@ def _launcher(launch: Launch) -> Any:
         programs=launch.layout.programs,
         groups=launch.groups,
         phases=launch.phases,
-        count=launch.count,
+        count=launch.rows,
         buckets=buckets,
         normed=launch.normed,
     )
 
 
 step_ = partial(gpu.step_, Launcher)
+
+
+def repeat(groups: Sequence[GroupStep], param_groups: list[dict[str, Any]], *, joint: bool) -> Any:
+    """What makes the step just made again, where only gradients have changed; None if nothing does.
+
+    It is called with `(param_groups, state, threads)`, and returns `()`, or None where more has changed:
+    nothing has been done then. A scaler's signals are not for it, nor is the capture of a CUDA graph.
+    """
+    pack = pack_of(groups)
+    if not isinstance(pack.kernel, Launcher) or any(isinstance(group.lr, Tensor) for group in groups):
+        return None
+    return pack.kernel.repeat(groups, param_groups, pack.watch)

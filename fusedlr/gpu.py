@@ -1,4 +1,4 @@
-"""The step on a GPU but for its kernels: fills the tables of fusedlr/tables.py, decides what can be read in place.
+"""The step on a GPU but for its kernels: fills the tables of fusedlr/tables.py for them.
 
 `step_`, with a way to launch kernels, has the signature and the meaning of `reference.step_`. What kernels
 cannot read in place runs through the reference.
@@ -57,13 +57,13 @@ class Launch(NamedTuple):
     layout: Layout
     groups: int
     phases: int
-    count: int
+    rows: int
     normed: bool
     with_amsgrad: set[Kind]
 
 
 class Launcher:
-    """What is kept of one optimizer from step to step: its tables on the device. Subclasses launch kernels."""
+    """What is kept of one optimizer from step to step; subclasses launch kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -144,7 +144,7 @@ class Launcher:
             layout=self._layout,
             groups=len(groups),
             phases=phases,
-            count=len(self._rows) // len(TENSORS),
+            rows=len(self._rows) // len(TENSORS),
             normed=normed,
             with_amsgrad=self._with_amsgrad,
         )
@@ -154,9 +154,13 @@ class Launcher:
             self._captured_frame = frame
             width = len(TENSORS)
             self._captured_rows.update(zip(*(self._rows[i::width] for i in range(width)), strict=True))
+        self._queue(self._launch, launch)
+
+    def _queue(self, launch: Callable[..., None], *arguments: Any) -> None:
+        """Launch on the tensors' device; what had begun is forgotten if that fails."""
         try:
             with self._guard():
-                self._launch(launch)
+                launch(*arguments)
         except BaseException:
             # some launches took tickets, and the last one of them will not come
             self._tickets.zero_()

@@ -241,6 +241,10 @@ class FusedAdamW(Optimizer):
         told = prepared.repeat(self.param_groups, self.state, torch.get_num_threads())
         if told is None:
             return False
+        if not told:
+            # the device counts, and does not tell
+            self._after_step(prepared, None)
+            return True
         self._k_loaded = None
         self._shown = self._mirror.k
         notes.writes.clear()
@@ -264,9 +268,7 @@ class FusedAdamW(Optimizer):
                 prepared = self._prepare()
             elif self._counters.k.is_cuda and torch.cuda.is_current_stream_capturing():
                 self._check_capture(fresh=False)
-            read = prepared.backend.step_(
-                prepared.steps, self._counters, signals, joint=self._joint
-            )
+            read = prepared.backend.step_(prepared.steps, self._counters, signals, joint=self._joint)
         finally:
             self._plan.release()
         self._after_step(prepared, read)

@@ -42,18 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--warmup-steps",
         type=number(float, 0, 10_000_000),
+        metavar="X",
         help="updates of warm-up; below 1 a share of the run (default: 0.05)",
     )
-    add("--total-steps", type=count, help="updates in the run (default: 4000)")
-    add("--decay-steps", type=count, help="updates of warmup_stable_decay's decay (default: a tenth)")
+    add("--total-steps", type=count, metavar="N", help="updates in the run (default: 4000)")
+    add(
+        "--decay-steps",
+        type=count,
+        metavar="N",
+        help="updates of warmup_stable_decay's decay (default: a tenth)",
+    )
     add(
         "--min-lr-ratio",
         type=number(float, 0, 1),
+        metavar="X",
         help="floor as a share of the peak (default: 0.1 where a floor must be given, else 0)",
     )
     add(
         "--peak",
         type=number(float, 0, 1e6, above=True),
+        metavar="X",
         help="peak learning rate (default: none, rates are shares of the peak)",
     )
     add(
@@ -66,9 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--width",
         type=number(int, 40, 500),
+        metavar="N",
         help="columns to draw in (default: the terminal's, at most 100)",
     )
-    add("--height", type=number(int, 5, 200), default=15, help="rows to draw in (default: %(default)s)")
+    add(
+        "--height",
+        type=number(int, 5, 200),
+        metavar="N",
+        default=15,
+        help="rows to draw in (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

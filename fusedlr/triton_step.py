@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -78,7 +78,15 @@ class Launcher(gpu.Launcher):
         tables = launch.tensors, launch.gradients, launch.chunks, launch.ints
         shared = launch.norms, launch.tickets, launch.grad_scale
         norm_args = *tables, *shared, launch.alive
-        step_args = *tables, launch.floats, launch.counts, launch.used, *shared, launch.found_inf, launch.alive
+        step_args = (
+            *tables,
+            launch.floats,
+            launch.rows,
+            launch.used,
+            *shared,
+            launch.found_inf,
+            launch.alive,
+        )
         kernels, programs, groups = _kernels(), launch.layout.programs, launch.groups
         for bucket in launch.layout.buckets if launch.normed else ():
             params, _ = bucket.key or _DEFAULT_KIND
@@ -87,7 +95,7 @@ class Launcher(gpu.Launcher):
         for bucket in launch.layout.buckets:
             params, moments = bucket.key or _DEFAULT_KIND
             amsgrad = bucket.key in launch.with_amsgrad
-            lengths = launch.now, bucket.first, programs, groups, launch.phases, launch.count
+            lengths = launch.now, bucket.first, programs, groups, launch.phases, launch.rows
             types = kernels.TYPES[params], kernels.TYPES[moments], amsgrad
             self._run(kernels.step_kernel, bucket, (*step_args, *lengths, *types), amsgrad)
 

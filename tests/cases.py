@@ -37,7 +37,8 @@ class Group:
     dtype: torch.dtype | None = None  # None: the case's
 
 
-@dataclass(frozen=True)
+# equal only to itself, so that runs can be cached by their case
+@dataclass(frozen=True, eq=False)
 class Case:
     """One training run on made-up gradients."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cuda_host
+import parallel
 import pytest
 import torch
 from harness import backends_on
@@ -42,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
         cuda_host.install()
     # that nothing faster than the reference is built here is no failure of a test
     config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
+    parallel.share_threads(config)
+
+
+# by name alone, as xdist need not be installed
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return parallel.make_scheduler(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,6 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = [item for item in items if item.get_closest_marker("interpreter")]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
+    parallel.longest_first(config, items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,6 @@ from fusedlr.sources import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, CSRC = ROOT / "tests", ROOT / "csrc"
-# type of the parameters in csrc/cuda.cu -> its namespace
-TYPES = {"float": "f32", "BF16": "bf16", "F16": "f16"}
 # as setup.py has nvcc do it: products are rounded
 _FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 # contexts are switched by longjmp, which a hardened libc refuses
@@ -41,13 +40,17 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: 
     """
     import pybind11
 
+    # not a package: setup.py imports it before there is one
+    sys.path.append(str(CSRC))
+    from recipe import CUDA_TYPES
+
     folder.mkdir(parents=True, exist_ok=True)
     includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*_FLAGS.split(), *more.split(), *(f"-I{path}" for path in includes)]
     defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
     objects = {
         f"{name}.o": [*_KERNELS, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
-        for type_, name in TYPES.items()
+        for name, type_ in CUDA_TYPES.items()
     }
     objects["on_host.o"] = [str(TESTS / "cuda_on_host.cpp")]
     objects["module.o"] = [defined["archs"], str(CSRC / "cuda_module.cpp")]

@@ -299,7 +299,7 @@ def test_a_measuring_process_that_dies_is_reported(
 
 
 BAD = {
-    "unknown inventory": (["llama"], "argument INVENTORY: llama matches none of tiny, llama-2-7b-qv-r8"),
+    "unknown inventory": (["llama"], "argument INVENTORY: llama matches none of tiny, or MODEL-TARGETS"),
     "all and one": (["tiny", "--all"], "argument --all: names all inventories already"),
     "unknown provider": (["--providers", "lion"], "argument --providers: 'lion' is none of fused, "),
     "provider that cannot": (["--providers", "fusedlr-cuda"], "argument --providers: fusedlr-cuda: "),

@@ -262,7 +262,7 @@ def test_from_torch_refuses_groups_that_part() -> None:
         fusedlr.from_torch(scheduler, 5)
 
 
-@pytest.mark.parametrize("other", [None, 3, warmup_then_root], ids=repr)
+@pytest.mark.parametrize("other", [None, 3, warmup_then_root], ids=["None", "3", "function"])
 def test_from_torch_wants_a_scheduler(other: Any) -> None:
     with pytest.raises(TypeError, match="is not a torch LRScheduler"):
         fusedlr.from_torch(other, STEPS)

@@ -1,6 +1,5 @@
 """The demo: corpus, cache, options and report by themselves, then all of it, finished and interrupted."""
 
-import argparse
 import json
 import os
 import select
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from fusedlr import demo
+from fusedlr.console import Parser
 from fusedlr.demo import corpus, files, finetune, main, measure, options, panel, report, skips
 
 DEMO = [sys.executable, "-m", "fusedlr", "demo"]
@@ -24,7 +24,7 @@ PATIENCE = 600  # seconds
 
 @pytest.fixture
 def parser():
-    parser = argparse.ArgumentParser(prog="fusedlr demo")
+    parser = Parser(prog="fusedlr demo")
     demo.add_arguments(parser)
     return parser
 
@@ -287,7 +287,8 @@ def test_bad_values_are_one_line_and_exit_code_2(resolve, capsys, arguments):
     with pytest.raises(SystemExit) as exit:
         resolve(*arguments.split())
     assert exit.value.code == 2
-    assert BAD[arguments] in capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert BAD[arguments] in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -44,7 +44,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
             graph.launches.append(lambda: kernel[(bucket.programs,)](*args))
 
         with monkeypatch.context() as patch:
-            for module in (gpu, staging):
+            for module in (gpu, staging, cuda_step):
                 patch.setattr(module, "capturing", lambda device: True)
             patch.setattr(triton_step.Launcher, "_run", record)
             make = cuda_step._launcher

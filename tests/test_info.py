@@ -33,3 +33,14 @@ def test_it_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDLR_CACHE", str(cli.ROOT))
     # where the package lies is nobody's business
     assert str(cli.ROOT) not in cli.info()
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "plot", "info"])
+def test_an_unknown_option_is_one_line_that_names_the_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--nonsense"])
+    assert stopped.value.code == 2
+    expected = f"fusedlr {command}: error: unrecognized arguments: --nonsense (fusedlr {command} --help)"
+    assert capsys.readouterr().err.splitlines() == [expected]

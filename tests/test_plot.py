@@ -33,9 +33,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         plot(*arguments)
     assert stopped.value.code == 2
-    *usage, last = capsys.readouterr().err.splitlines()
-    assert usage[0].startswith("usage: fusedlr plot")
-    return last
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fusedlr plot: error: ") and line.endswith(" (fusedlr plot --help)")
+    return line
 
 
 # specs

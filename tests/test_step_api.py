@@ -800,9 +800,11 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 def name_of(case: Any) -> str | None:
-    return (
-        " ".join(f"{key}={value!r}"[:40] for key, value in case.items()) if isinstance(case, dict) else None
-    )
+    if not isinstance(case, dict):
+        return None
+    # a function by its name: its repr has an address, another one in every process
+    named = {key: getattr(value, "__name__", repr(value)) for key, value in case.items()}
+    return " ".join(f"{key}={value}"[:40] for key, value in named.items())
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [*WRONG, *WRONG_SETTINGS], ids=name_of)

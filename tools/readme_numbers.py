@@ -55,9 +55,31 @@ def demo() -> str:
     ]
     return (
         f"`make demo` on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{report['versions']['torch']}: {config['steps']} LoRA updates, {config['schedule']}, "
-        f"{report['seconds']['total']:.0f} s in all.\n\n{table(rows)}"
+        f"{report['versions']['torch']}, {report['date'][:10]}: {config['steps']} LoRA updates, "
+        f"{config['schedule']}, {report['seconds']['total']:.0f} s in all. "
+        f"{overflow(report['skip'])}\n\n{table(rows)}"
     )
+
+
+def overflow(skip: dict[str, Any]) -> str:
+    """What one overflow did to the schedules, as a sentence."""
+    ours, stock = skip["fusedlr"], skip["stock"]
+    return (
+        f"After one overflow in {len(skip['meant']) + 1} steps under a `GradScaler`, fusedlr's schedule "
+        f"has counted {ours['schedule']} of {ours['updates']} updates, stock's {stock['schedule']} of "
+        f"{stock['updates']}."
+    )
+
+
+def panel() -> str:
+    """What three schedules made of the same run at a high rate."""
+    report = json.loads((RESULTS / "demo.json").read_text())
+    machine, runs = report["machine"], report["schedules"]
+    peak = max(runs["constant"]["lrs"])
+    rows = [[f"peak {peak:g}", "highest training loss", "held-out loss on code"]]
+    rows += [[f"`{name}`", f"{max(run['losses']):.2f}", f"{run['code']:.2f}"] for name, run in runs.items()]
+    where = f"{machine['processor']}, {machine['threads']} threads, {report['date'][:10]}"
+    return f"{report['config']['steps']} LoRA updates of `fusedlr demo`, one seed, {where}:\n\n{table(rows)}"
 
 
 def phase(run: dict[str, Any]) -> float:
@@ -130,7 +152,12 @@ def schedules() -> str:
     return table(rows)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "benchmark": benchmark, "schedules": schedules}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "benchmark": benchmark,
+    "panel": panel,
+    "schedules": schedules,
+}
 
 
 def filled(text: str) -> str:

@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the smallest run, under 40 s on two cores (same as --size quick)",
     )
     add("--size", choices=SIZES, help="model, data and steps (default: small, or large on a GPU)")
-    add("--steps", type=count, help="LoRA updates (default: by size, 25, 40 or 200)")
+    add("--steps", type=count, metavar="N", help="LoRA updates (default: by size, 25, 40 or 200)")
     add(
         "--base-steps",
         type=count,
+        metavar="N",
         help="steps that train the base model (default: by size, 250, 350 or 1500)",
     )
     add(
@@ -58,12 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--lr",
         type=number(float, 0, 1e6, above=True),
+        metavar="X",
         help="peak learning rate of the LoRA runs (default: by size, 0.01, 0.005 or 0.002)",
     )
-    add("--warmup", type=number(int, 0, 10_000_000), help="updates of warm-up (default: a tenth of --steps)")
+    add(
+        "--warmup",
+        type=number(int, 0, 10_000_000),
+        metavar="N",
+        help="updates of warm-up (default: a tenth of --steps)",
+    )
     add(
         "--accumulation",
         type=number(int, 1, 10_000),
+        metavar="N",
         default=2,
         help="micro-batches per update (default: %(default)s)",
     )
@@ -71,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--seed",
         type=number(int, 0, 2**32 - 1),
+        metavar="N",
         default=0,
         help="seed of everything random (default: %(default)s)",
     )

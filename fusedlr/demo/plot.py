@@ -7,7 +7,8 @@ from fusedlr.demo.skips import Skip
 
 # colours that stay apart for colour-blind readers (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
-WIDTH, HEIGHT, DPI = 9.0, 10.5, 100  # 900 pixels wide
+# 900 pixels wide; three panels leave room for code on the README's first screen
+WIDTH, PANEL, DPI = 9.0, 2.6, 100
 
 
 def draw(results: list[Result], schedule: str, path: Path) -> None:
@@ -21,7 +22,7 @@ def draw(results: list[Result], schedule: str, path: Path) -> None:
     ours, stock = runs[FUSEDLR], runs[STOCK]
     updates = range(1, len(stock.losses) + 1)
     figure, (losses, rates, gaps) = pyplot.subplots(
-        3, 1, sharex=True, figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained"
+        3, 1, sharex=True, figsize=(WIDTH, 3 * PANEL), dpi=DPI, layout="constrained"
     )
     for axes, name in ((losses, "losses"), (rates, "lrs")):
         axes.plot(updates, getattr(stock, name), color=BLUE, linewidth=2, label="stock AdamW and scheduler")
@@ -59,7 +60,7 @@ def draw_skip(skip: Skip, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(figsize=(WIDTH, HEIGHT / 3), dpi=DPI, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(WIDTH, PANEL), dpi=DPI, layout="constrained")
     updates = range(1, len(skip.meant) + 1)
     axes.plot(updates, skip.meant, color=GREY, linewidth=1, label="meant")
     axes.plot(updates, skip.stock.rates, color=BLUE, linewidth=2, label="stock AdamW and scheduler")
@@ -84,16 +85,20 @@ def draw_panel(results: dict[str, Result], peak: float, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (losses, rates) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(WIDTH, HEIGHT * 2 / 3), dpi=DPI, layout="constrained"
+        2, 1, sharex=True, figsize=(WIDTH, 2 * PANEL), dpi=DPI, layout="constrained"
     )
-    for color, (name, result) in zip((GREY, BLUE, ORANGE), results.items(), strict=True):
+    # where curves coincide the wider ones beneath stay visible
+    styles = ((GREY, 4.5), (BLUE, 2.8), (ORANGE, 1.2))
+    for (color, width), (name, result) in zip(styles, results.items(), strict=True):
         updates = range(1, len(result.losses) + 1)
-        losses.plot(updates, result.losses, color=color, label=f"{name}: held-out {result.code:.3f}")
-        rates.plot(updates, result.lrs, color=color, label=name)
+        style = {"color": color, "linewidth": width}
+        losses.plot(updates, result.losses, label=f"{name}: held-out {result.code:.3f}", **style)
+        rates.plot(updates, result.lrs, label=name, **style)
     losses.set_title(f"three schedules at a high peak rate, {peak:g}")
     losses.set_ylabel("training loss (nats per token)")
     losses.legend()
     rates.set_ylabel("learning rate")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rates.set_xlabel("update")
     for axes in (losses, rates):
         axes.grid(alpha=0.3)

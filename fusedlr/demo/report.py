@@ -4,6 +4,7 @@ import json
 import math
 import platform
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from statistics import median
 
 from fusedlr.console import aligned
@@ -176,6 +177,7 @@ def as_dict(settings: Settings, base: Base, results: list[Result], seconds: dict
         values["lr"] = {"first": result.lrs[0], "peak": max(result.lrs), "last": result.lrs[-1]}
         runs[result.run.name] = values
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(settings),
         "config": settings.as_dict(),
