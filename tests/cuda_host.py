@@ -84,7 +84,8 @@ def _run(arguments: list[str], folder: Path) -> None:
 
 def load(path: Path) -> ModuleType:
     """The module at `path`, whatever else is called `_cuda`."""
-    spec = importlib.util.spec_from_file_location("fusedlr._cuda", path)
+    # by a name of its own: pybind11 keeps modules by name, and would return the first
+    spec = importlib.util.spec_from_file_location(f"{path.parent}._cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

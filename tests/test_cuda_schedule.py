@@ -1,9 +1,9 @@
 """The CUDA kernels' schedule against the fp64 definition at every step, on the host; wrong ones are seen.
 
 The host's sin, pow, sqrt and expm1 stand for a GPU's, whose last bits may differ: CUDA documents up to 1 ulp
-for sinpif and expm1f and 4 for powf, where glibc has below 1. A cosine is also checked in a GPU's own formula,
-with sinpi, rounded to nearest and by up to an ulp in one direction. What is not covered: a GPU's pow, which the
-bounds leave room for, and whether it keeps to what CUDA documents.
+for sinpif and expm1f and 4 for powf, where glibc has below 1. A cosine is also checked in a GPU's formula:
+with sinpi, rounded to nearest and by up to an ulp in one direction. What is not covered: a GPU's pow, which
+the bounds leave room for, and whether it keeps to what CUDA documents.
 """
 
 from __future__ import annotations
