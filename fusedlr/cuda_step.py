@@ -125,12 +125,11 @@ class Launcher(gpu.Launcher):
         given = [(i, group.lr) for i, group in enumerate(groups) if isinstance(group.lr, float)]
         device, launches, count = self.device, self._launches, watch.count
         signals = self._one.data_ptr(), self._zero.data_ptr()
-        on_gpu = device.type == "cuda"
 
         def again(groups: list[dict[str, Any]], state: Any, threads: int) -> tuple[()] | None:
             if self._launches is not launches or len(groups) != len(param_groups):
                 return None
-            if not all(map(is_, groups, param_groups)) or (on_gpu and capturing(device)):
+            if not all(map(is_, groups, param_groups)) or capturing(device):
                 return None
             for i, rate in given:
                 # a tensor would have to be read

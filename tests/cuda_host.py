@@ -5,6 +5,7 @@ Built once per state of the sources into build/, where a C++ compiler and the so
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shlex
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -22,17 +24,20 @@ from fusedlr.sources import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, CSRC = ROOT / "tests", ROOT / "csrc"
-# as setup.py has nvcc do it: products are rounded. Contexts are switched by longjmp, which a hardened libc
-# refuses
-_FLAGS = (
-    "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas "
-    "-U_FORTIFY_SOURCE"
-)
+# as setup.py has nvcc do it: products are rounded
+_FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas"
+# contexts are switched by longjmp, which a hardened libc refuses
+_FLAGS += " -U_FORTIFY_SOURCE"
+# csrc/cuda.cu, or what includes it
+_KERNELS = ["-x", "c++", "-include", "cuda_on_host.h"]
 _COMPILER = os.environ.get("CXX") or "c++"
 
 
-def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") -> Path:
-    """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path."""
+def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: Path | None = None) -> Path:
+    """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path.
+
+    `rest`: the folder of another build, to take all from but the kernels of fp32 parameters.
+    """
     import pybind11
 
     # not a package: setup.py imports it before there is one
@@ -41,35 +46,46 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", optimize: str = "") ->
 
     folder.mkdir(parents=True, exist_ok=True)
     includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [*_FLAGS.split(), *optimize.split(), *(f"-I{path}" for path in includes)]
-    kernel = ["-x", "c++", "-include", "cuda_on_host.h"]
+    flags = [*_FLAGS.split(), *more.split(), *(f"-I{path}" for path in includes)]
     defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
     objects = {
-        f"{name}.o": [*kernel, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
+        f"{name}.o": [*_KERNELS, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
         for name, type_ in CUDA_TYPES.items()
     }
     objects["on_host.o"] = [str(TESTS / "cuda_on_host.cpp")]
     objects["module.o"] = [defined["archs"], str(CSRC / "cuda_module.cpp")]
     objects["sources.o"] = [defined["sources"], str(CSRC / "sources.cpp")]
 
-    def run(arguments: list[str]) -> None:
-        command = [*shlex.split(_COMPILER), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    linked = [name if rest is None or name == "f32.o" else str(rest / name) for name in objects]
+    made = {name: source for name, source in objects.items() if name in linked}
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda item: run([*flags, "-c", *item[1], "-o", item[0]]), objects.items()))
+        list(pool.map(lambda item: _run([*flags, "-c", *item[1], "-o", item[0]], folder), made.items()))
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     # in one move: another process may be looking for it
-    run(["-shared", *objects, "-o", f"{path}.new"])
+    _run(["-shared", *more.split(), *linked, "-o", f"{path}.new"], folder)
     os.replace(f"{path}.new", path)
     return path
 
 
+def library(folder: Path, source: Path, more: list[str]) -> Path:
+    """A library of one file that includes the kernels, for ctypes."""
+    files = [*_KERNELS, str(source), "-x", "none", str(TESTS / "cuda_on_host.cpp")]
+    path = folder / "library.so"
+    _run([*_FLAGS.split(), f"-I{CSRC}", f"-I{TESTS}", *more, "-shared", *files, "-o", str(path)], folder)
+    return path
+
+
+def _run(arguments: list[str], folder: Path) -> None:
+    command = [*shlex.split(_COMPILER), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def load(path: Path) -> ModuleType:
     """The module at `path`."""
-    # by a name of its own: pybind11 makes no second module of one name
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda", path)
+    # by a name of its own: pybind11 keeps modules by name, and would return the first
+    spec = importlib.util.spec_from_file_location(f"{path.parent}._cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -87,20 +103,38 @@ def why_not() -> str | None:
     return None
 
 
-def install() -> None:
-    """Let the backend `cuda` run on the CPU in this process, if it can be built."""
-    if why_not() is not None:
-        return
+def installed() -> Path:
+    """The module of this state of the sources, built if it is not there."""
     state = digest(CSRC, TESTS / "cuda_on_host.cpp", TESTS / "cuda_on_host.h")
     folder = ROOT / "build" / "cuda-on-host" / state[:16]
     path = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.is_file():
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        build(folder)
-    use(load(path))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # those of other states; what another process is building has a longer name
+        for old in folder.parent.glob("?" * 16):
+            shutil.rmtree(old, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+        build(building)
+        try:
+            building.rename(folder)
+        except OSError:
+            # another process was faster
+            shutil.rmtree(building)
+    return path
+
+
+def install() -> None:
+    """Let the backend `cuda` run on the CPU in this process, if it can be built."""
+    if why_not() is None:
+        use(load(installed()))
 
 
 def use(module: Any) -> None:
     """Make `module` the one that is called, by those who ask for it by name."""
     compiled.cuda, compiled.cuda_error = module, None
     backends.BACKENDS["cuda"] = backends.BACKENDS.pop("cuda")
+
+
+def functions() -> ctypes.CDLL:
+    """What cuda_on_host.cpp lets tests call in the module in use."""
+    return ctypes.CDLL(compiled.cuda.__file__)

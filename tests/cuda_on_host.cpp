@@ -37,8 +37,10 @@ std::vector<Fiber> fibers;
 jmp_buf scheduler;
 unsigned count;
 const std::function<void()>* body;
-// 0: in order, 1: from the last to the first, else shuffled by this seed
+// of blocks, of warps and of lanes; 0: in order, 1: from the last to the first, else shuffled by this seed
 unsigned order_of_threads;
+
+long launches = 0, launch_that_fails = -1;
 
 Fiber& current() { return fibers[threadIdx.x]; }
 
@@ -84,24 +86,30 @@ std::vector<unsigned> order(unsigned n, unsigned salt) {
     return order;
 }
 
-void run_block(const std::vector<unsigned>& threads) {
-    for (unsigned i = 0; i < count; ++i) fibers[i].at = At::kReady;
+void release(unsigned first, unsigned last) {
+    for (unsigned i = first; i < last; ++i) fibers[i].at = At::kReady;
+}
+
+// until all of the warp are done or wait for the block: as far ahead of the others as it can get
+void run_warp(unsigned first, const std::vector<unsigned>& lanes) {
     for (;;) {
-        for (const unsigned i : threads)
-            if (fibers[i].at == At::kReady) go_on(i);
+        for (const unsigned lane : lanes)
+            if (fibers[first + lane].at == At::kReady) go_on(first + lane);
+        if (!all(first, first + kWarp, At::kWarpBarrier)) return;
+        release(first, first + kWarp);
+    }
+}
+
+void run_block(unsigned salt) {
+    const std::vector<unsigned> warps = order(count / kWarp, salt), lanes = order(kWarp, salt);
+    release(0, count);
+    for (;;) {
+        for (const unsigned warp : warps) run_warp(warp * kWarp, lanes);
         if (all(0, count, At::kDone)) return;
-        bool released = false;
-        for (unsigned first = 0; first < count; first += kWarp) {
-            if (!all(first, first + kWarp, At::kWarpBarrier)) continue;
-            for (unsigned i = first; i < first + kWarp; ++i) fibers[i].at = At::kReady;
-            released = true;
-        }
-        if (!released && all(0, count, At::kBlockBarrier)) {
-            for (unsigned i = 0; i < count; ++i) fibers[i].at = At::kReady;
-            released = true;
-        }
         // a GPU would hang
-        if (!released) throw std::logic_error("a barrier is not reached by all threads");
+        if (!all(0, count, At::kBlockBarrier))
+            throw std::logic_error("a barrier is not reached by all threads");
+        release(0, count);
     }
 }
 
@@ -119,7 +127,8 @@ float from_lane(float x, int away) {
     return y;
 }
 
-void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+const char* run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+    if (launches++ == launch_that_fails) return "this launch is to fail";
     const char* const order_asked_for = std::getenv("CUDA_ON_HOST_ORDER");
     order_of_threads = order_asked_for ? unsigned(std::atoi(order_asked_for)) : 0;
     count = threads;
@@ -127,11 +136,17 @@ void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel)
     while (fibers.size() < threads) fibers.emplace_back();
     for (const unsigned i : order(blocks, 0)) {
         blockIdx.x = i;
-        run_block(order(threads, i));
+        run_block(i);
     }
+    return nullptr;
 }
 
 }  // namespace on_host
+
+// for the tests, which find them in the module by ctypes
+#define FUSEDLR_EXPORT extern "C" __attribute__((visibility("default")))
+FUSEDLR_EXPORT long on_host_launches() { return on_host::launches; }
+FUSEDLR_EXPORT void on_host_fail_after(long more) { on_host::launch_that_fails = on_host::launches + more; }
 
 namespace fusedlr {
 

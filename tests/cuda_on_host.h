@@ -1,6 +1,7 @@
 // CUDA in plain C++, for machines without a GPU: included before csrc/cuda.cu, it makes its kernels run on
-// the host, a block at a time and a thread at a time. Threads are fibers that only stop at barriers, in an
-// order that can be chosen: what lacks a barrier comes out wrong in one of them.
+// the host, a block at a time and a thread at a time. Threads are fibers that only stop at barriers, and
+// warps get ahead of each other as far as these let them, in an order that can be chosen: what lacks a
+// barrier comes out wrong in one of them.
 #pragma once
 
 #include <cmath>
@@ -30,8 +31,8 @@ void block_barrier();
 void warp_barrier();
 // x of the thread `away` lanes up in the same warp
 float from_lane(float x, int away);
-// all blocks, one after another
-void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+// all blocks, one after another; what is wrong if this launch is to fail
+const char* run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 
 }  // namespace on_host
 
@@ -58,6 +59,5 @@ const char* load_kernel(void (*)(L)) {
 // what takes the place of a launch
 template <class L>
 const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, unsigned threads, void*) {
-    on_host::run(blocks, threads, [&] { kernel(launch); });
-    return nullptr;
+    return on_host::run(blocks, threads, [&] { kernel(launch); });
 }

@@ -21,7 +21,9 @@ _SUITES = {
     "test_triton_math.py": "",
     "test_triton_schedule.py": "",
     "test_triton.py": "",
-    "test_triton_graph.py": "",
+    "test_gpu_step.py": "",
+    "test_gpu_graph.py": "",
+    "test_gpu_switch.py": "",
     "test_amp.py": "triton and (independent or joint or overflows or propagate or stay_as)",
     "test_trajectory.py": "triton and (fp32_error or moments_are_those or of_zero)",
 }

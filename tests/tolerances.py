@@ -79,8 +79,19 @@ TRITON_BIAS_ULPS = 2
 # x**c with c up to 100: an exponent of 100 known to 2**-31 is 0.5 ulp, the polynomial 1, the sum 0.5
 # (measured 2.41)
 TRITON_POWER_ULPS = 3
+
+# --- a step on a GPU, in Triton or in CUDA
+
 # One fp32 step against the reference, whose scalars are fp64 until they are used, relative to the largest
 # element: the rate is off by up to 8 ulp (9.5e-7), bias corrections and norm by 4, and all of it is relative
 # to an update, which is not larger than the parameters of the tests; a last rounding of the element 1.2e-7
 # (measured 4e-7)
-TRITON_STEP = 1.5e-6
+GPU_STEP = 1.5e-6
+
+# --- CUDA
+
+# 1 - b**t for t of 1 to 1.6e7: an ulp of expm1, as CUDA documents, half of one each of what the rounding of
+# its argument took and of the sum (measured with glibc's expm1: 1.18)
+CUDA_BIAS_ULPS = 2
+# its root: half the relative error, which is at most as many ulp, and a rounding (measured: 1.14)
+CUDA_ROOT_BIAS_ULPS = 2.5

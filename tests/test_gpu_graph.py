@@ -1,24 +1,26 @@
-"""What a captured Triton step does when it is replayed, in the interpreter: a graph is a list of launches.
+"""What a captured step does when it is replayed, without a GPU: a graph is a list of launches.
 
 Everything but the capture itself is the code that runs on a GPU; tests/test_gpu.py has real graphs.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from gpu_steps import BACKEND, needs_backend
 from harness import relative_difference
-from tolerances import TRITON_STEP
+from tolerances import GPU_STEP
 from torch import Tensor, nn
 
 import fusedlr
-from fusedlr import gpu, staging
+from fusedlr import compiled, cuda_step, gpu, staging, triton_step
 
-pytestmark = pytest.mark.interpreter
+pytestmark = needs_backend
 
 SCHEDULE = fusedlr.linear(warmup_steps=2, total_steps=30)
 
@@ -42,12 +44,41 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
             graph.launches.append(lambda: kernel[(bucket.programs,)](*args))
 
         with monkeypatch.context() as patch:
-            for module in (gpu, staging):
+            for module in (gpu, staging, cuda_step):
                 patch.setattr(module, "capturing", lambda device: True)
-            patch.setattr(gpu.Launcher, "_launch", record)
+            patch.setattr(triton_step.Launcher, "_run", record)
+            make = cuda_step._launcher
+            patch.setattr(cuda_step, "_launcher", lambda launch: Recorder(graph, make(launch), launch.count))
             yield
 
     return capture
+
+
+class Recorder:
+    """Stands for the launches in CUDA: a graph keeps their parameters, gradients' addresses among them."""
+
+    def __init__(self, graph: Graph, launches: Any, count: int) -> None:
+        self._graph, self._launches, self._count = graph, launches, count
+
+    def step(self, gradients: list[int], stream: int) -> None:
+        addresses = list(gradients)
+        self._graph.launches.append(lambda: self._launches.step(addresses, stream))
+
+    def step_at(self, gradients: int, stream: int) -> None:
+        addresses = (ctypes.c_uint64 * self._count).from_address(gradients)
+        self.step(list(addresses), stream)
+
+    def step_with_table(self, gradients: int, stream: int) -> None:
+        self._graph.launches.append(lambda: self._launches.step_with_table(gradients, stream))
+
+
+@pytest.fixture(
+    autouse=True, params=("with the launch", "in a table") if BACKEND == "cuda" else ("in a table",)
+)
+def gradients(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a graph has the gradients' addresses."""
+    if BACKEND == "cuda" and request.param == "in a table":
+        monkeypatch.setattr(compiled.cuda, "most_gradients", 0)
 
 
 def make(backend: str, sizes: tuple[int, ...] = (5, 1500), **options: Any) -> fusedlr.FusedAdamW:
@@ -65,7 +96,7 @@ def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def captured(capture: Any, **options: Any) -> tuple[fusedlr.FusedAdamW, Graph]:
     """An optimizer that has made one step, and a graph of the next."""
-    optimizer, graph = make("triton", **options), Graph()
+    optimizer, graph = make(BACKEND, **options), Graph()
     optimizer.step()
     with capture(graph):
         optimizer.step()
@@ -88,7 +119,7 @@ def test_a_replay_is_a_step(capture: Any) -> None:
     for _ in range(5):
         graph.replay()
         other.step()
-    assert relative_difference(weights(optimizer), weights(other)) <= TRITON_STEP
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
     assert optimizer.metrics()["step"].tolist() == [6]
     # the capture itself made no step
     assert {s["step"].item() for s in optimizer.state.values()} == {6.0}
@@ -105,7 +136,7 @@ def test_a_replay_follows_a_hyperparameter_after_one_step_outside(capture: Any) 
         o.step()
     graph.replay()
     other.step()
-    assert relative_difference(weights(optimizer), weights(other)) <= TRITON_STEP
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
     assert not stale(optimizer)
 
 
@@ -176,11 +207,11 @@ def test_a_graph_captured_again_is_right(capture: Any) -> None:
         optimizer.step()
     graph.replay()
     other.step()
-    assert relative_difference(weights(optimizer), weights(other)) <= TRITON_STEP
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
 
 
 def test_a_hyperparameter_changed_just_before_a_capture_is_refused(capture: Any) -> None:
-    optimizer = make("triton")
+    optimizer = make(BACKEND)
     optimizer.step()
     optimizer.param_groups[0]["eps"] = 0.1
     with capture(Graph()), pytest.raises(RuntimeError, match="make one step before the capture"):

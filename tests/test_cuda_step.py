@@ -1,0 +1,113 @@
+"""What is the CUDA backend's alone, on the host: its tables, how gradients' addresses travel, its refusals.
+
+tests/test_gpu_step.py has what a step does, tests/test_cuda_order.py that the order of threads is no matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu_steps import BACKEND, MOMENTS, all_params, both, count_calls, counts, needs_backend, params, train
+from harness import relative_difference
+from tolerances import GPU_STEP
+from torch import Tensor
+
+import fusedlr
+from fusedlr import compiled, cuda_step, staging, tables
+
+pytestmark = [needs_backend, pytest.mark.skipif(BACKEND != "cuda", reason="for the CUDA backend")]
+
+# what 4 KB of a launch's parameters hold, (4096 - 120) / 8: for more, a launch is of the larger size
+FEW = 497
+MOST = compiled.cuda.most_gradients if compiled.cuda else 4080
+
+
+def test_the_columns_are_those_of_the_tables() -> None:
+    names = ("TENSORS", "CHUNKS", "GROUP_INTS", "GROUP_FLOATS", "PHASE_INTS", "PHASE_FLOATS", "CHUNK")
+    assert compiled.cuda.tables == {name: getattr(tables, name) for name in names}
+
+
+class Spy:
+    """The launches, and the names of the calls to them."""
+
+    def __init__(self, launches: Any, calls: list[str]) -> None:
+        self._launches, self._calls = launches, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls.append(name)
+        return getattr(self._launches, name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    make = cuda_step._launcher
+    monkeypatch.setattr(cuda_step, "_launcher", lambda launch: Spy(make(launch), calls))
+    return calls
+
+
+def together(optimizer: fusedlr.FusedAdamW) -> list[Tensor]:
+    """Parameters and moments; an element alone could be 0 but for its rounding."""
+    states = optimizer.state.values()
+    return [torch.cat(all_params(optimizer)), *(torch.cat([s[key] for s in states]) for key in MOMENTS[:2])]
+
+
+def close(make: Callable[[], list[dict[str, Any]]], steps: int) -> None:
+    runs = [train(backend, make, steps=steps) for backend in ("cuda", "reference")]
+    assert counts(runs[0]) == counts(runs[1])
+    assert relative_difference(*map(together, runs)) <= GPU_STEP
+
+
+@pytest.mark.parametrize("count", (FEW, FEW + 1, MOST, MOST + 1))
+def test_addresses_travel_with_a_launch_while_there_is_room(count: int, calls: list[str]) -> None:
+    # empty tensors take an address, but no block, which would copy it for each of its threads here
+    sizes = [0 if i % 40 else 2 for i in range(count - 1)] + [3]
+    close(lambda: [{"params": params(*sizes)}], steps=3)
+    # a step like the last one asks a watch, which has noted the addresses
+    steps = {"step", "step_at"} if count <= MOST else {"step_with_table"}
+    assert len(calls) == 3 and set(calls) == steps
+
+
+def test_4100_tensors_of_one_element(calls: list[str]) -> None:
+    close(lambda: [{"params": params(*[1] * 4100)}], steps=1)
+    assert calls == ["step_with_table"]
+
+
+def test_addresses_in_a_table_are_uploaded_when_they_change(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled.cuda, "most_gradients", 2)
+    ours = both(lambda: [{"params": [*params(5, 4100), *params(3, dtype=torch.float16)]}], max_grad_norm=None)
+    assert set(calls) == {"step_with_table"}
+    uploads = count_calls(monkeypatch, staging.Table, "_upload")
+    ours.step()
+    assert not uploads
+    for p in all_params(ours):
+        p.grad = p.grad.clone()
+    ours.step()
+    assert len(uploads) == 1
+
+
+def launches(kind: tuple[int, int]) -> Any:
+    """Launches of nothing, on two tensors of these types; addresses are not looked at before a step."""
+    numbers = dict.fromkeys(("now", "programs", "groups", "phases"), 0)
+    names = "tensors chunks ints floats counters used norms tickets grad_scale found_inf alive"
+    addresses = dict.fromkeys(names.split(), 0)
+    return compiled.cuda.Launcher(
+        **addresses, **numbers, count=2, buckets=[(*kind, False, 0, 0)], normed=False
+    )
+
+
+@pytest.mark.parametrize("kind", ((0, 0), (0, 1), (1, 0), (1, 2), (2, 3), (4, 1)))
+def test_there_is_no_kernel_for_other_types(kind: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="there is no kernel for th"):
+        launches(kind)
+
+
+@pytest.mark.parametrize("count", (0, 1, 3))
+def test_a_gradient_per_tensor_is_needed(count: int) -> None:
+    with pytest.raises(ValueError, match="one gradient per tensor"):
+        launches((1, 1)).step([0] * count, 0)

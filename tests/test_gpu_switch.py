@@ -1,0 +1,86 @@
+"""An optimizer that goes from one GPU backend to the other goes on; what was captured before is inert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cuda_host
+import pytest
+import torch
+from gpu_steps import all_params, compare, params, train
+from test_gpu_graph import Graph, capture, stale, weights
+
+from fusedlr import backends, compiled, cuda_step
+
+pytestmark = pytest.mark.interpreter
+__all__ = ["capture"]
+
+
+@pytest.fixture(autouse=True)
+def both_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA kernels next to Triton's interpreter."""
+    if cuda_host.why_not() is not None:
+        pytest.skip(str(cuda_host.why_not()))
+    monkeypatch.setattr(compiled, "cuda", cuda_host.load(cuda_host.installed()))
+    monkeypatch.setattr(compiled, "cuda_error", None)
+    cuda_step._not_here.cache_clear()
+    assert backends.reasons([torch.device("cpu")])["cuda"] is None
+    yield
+    cuda_step._not_here.cache_clear()
+
+
+def make() -> list[dict[str, Any]]:
+    return [{"params": params(5, 1030)}, {"params": params(3, seed=2), "lr": 0.1}]
+
+
+def go_to(backend: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLR_BACKEND", backend)
+    # the backend is chosen when something has changed
+    optimizer.param_groups[0]["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
+    assert optimizer.backend == backend
+
+
+def test_every_switch_goes_on_as_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = ("cuda", "triton", "triton", "cuda", "reference", "cuda", "cuda", "triton", "reference", "triton")
+    ours = train("cuda", make, steps=len(order), before=lambda o, k: go_to(order[k], o, monkeypatch))
+    monkeypatch.delenv("FUSEDLR_BACKEND")
+    compare(ours, train("reference", make, steps=len(order)))
+
+
+@pytest.mark.parametrize("old, new", (("cuda", "triton"), ("triton", "cuda")))
+def test_a_graph_of_the_old_backend_is_inert(
+    old: str, new: str, capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer, graph = train(old, make, steps=2), Graph()
+    with capture(graph):
+        optimizer.step()
+    graph.replay()
+    assert optimizer.metrics()["step"].tolist() == [3, 3] and not stale(optimizer)
+    go_to(new, optimizer, monkeypatch)
+    optimizer.step()
+    before = weights(optimizer)
+    graph.replay()
+    assert all(map(torch.equal, weights(optimizer), before))
+    assert optimizer.metrics()["step"].tolist() == [4, 4] and stale(optimizer)
+    # nor does it come back to life
+    go_to(old, optimizer, monkeypatch)
+    optimizer.step()
+    before = weights(optimizer)
+    graph.replay()
+    assert all(map(torch.equal, weights(optimizer), before))
+
+
+def test_a_graph_of_the_new_backend_is_right(capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, other = train("triton", make, steps=2), train("reference", make, steps=2)
+    go_to("cuda", optimizer, monkeypatch)
+    optimizer.step()
+    graph = Graph()
+    with capture(graph):
+        optimizer.step()
+    graph.replay()
+    monkeypatch.delenv("FUSEDLR_BACKEND")
+    for _ in range(2):
+        other.step()
+    compare(optimizer, other)
+    assert {state["step"].item() for p in all_params(optimizer) if (state := optimizer.state[p])} == {4.0}
