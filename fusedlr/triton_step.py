@@ -81,7 +81,7 @@ class Launcher(gpu.Launcher):
         step_args = (
             *tables,
             launch.floats,
-            launch.rows,
+            launch.counts,
             launch.used,
             *shared,
             launch.found_inf,

@@ -48,7 +48,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
                 patch.setattr(module, "capturing", lambda device: True)
             patch.setattr(triton_step.Launcher, "_run", record)
             make = cuda_step._launcher
-            patch.setattr(cuda_step, "_launcher", lambda launch: Recorder(graph, make(launch), launch.count))
+            patch.setattr(cuda_step, "_launcher", lambda launch: Recorder(graph, make(launch), launch.rows))
             yield
 
     return capture
