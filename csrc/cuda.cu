@@ -91,10 +91,9 @@ __device__ float lr_at(const Step& step, const GroupInts& ints, const GroupFloat
 
 // t: updates made
 __device__ Scalars<float> scalars_of(float t, const GroupFloats& floats, float lr, float factor) {
-    const float bc1 =
-        bias_correction<float>(double(t) + 1, double(floats.log_b1_hi) + double(floats.log_b1_lo));
-    const float bc2 =
-        bias_correction<float>(double(t) + 1, double(floats.log_b2_hi) + double(floats.log_b2_lo));
+    const double steps = double(t) + 1;
+    const float bc1 = bias_correction<float>(steps, double(floats.log_b1_hi) + double(floats.log_b1_lo));
+    const float bc2 = bias_correction<float>(steps, double(floats.log_b2_hi) + double(floats.log_b2_lo));
     return {factor * floats.sign,
             lr * floats.weight_decay,
             lr / bc1,
@@ -188,13 +187,11 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
-// for the first thread, always in the same order
+// for the first thread, always in the same order; a barrier lies between two calls
 __device__ float block_sum(float x) {
     __shared__ float sums[kThreads / kWarp];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     x = warp_sum(x);
-    // whoever reads the last sum has done so
-    __syncthreads();
     if (lane == 0) sums[warp] = x;
     __syncthreads();
     if (warp == 0) x = warp_sum(lane < kThreads / kWarp ? sums[lane] : 0);

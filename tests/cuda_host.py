@@ -25,7 +25,7 @@ from fusedlr.sources import digest
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, CSRC = ROOT / "tests", ROOT / "csrc"
 # as setup.py has nvcc do it: products are rounded
-_FLAGS = "-std=c++17 -O1 -g -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas"
+_FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 # contexts are switched by longjmp, which a hardened libc refuses
 _FLAGS += " -U_FORTIFY_SOURCE"
 # csrc/cuda.cu, or what includes it

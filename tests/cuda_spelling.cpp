@@ -29,9 +29,7 @@ FUSEDLR_EXPORT void lr_of_steps(const GroupInts* ints, const GroupFloats* floats
 FUSEDLR_EXPORT void corrections(const GroupFloats* floats, const float* updates, float* bc1, float* root_bc2,
                                 int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        TensorRow row = {};
-        row.step = int64_t(reinterpret_cast<uintptr_t>(updates + i));
-        root_bc2[i] = f32::scalars_of(row, *floats, 1, 1).root_bc2;
+        root_bc2[i] = f32::scalars_of(updates[i], *floats, 1, 1).root_bc2;
         bc1[i] = bias_correction<float>(double(updates[i]) + 1,
                                         double(floats->log_b1_hi) + double(floats->log_b1_lo));
     }

@@ -76,11 +76,20 @@ def difference(ours: fusedlr.FusedAdamW, theirs: fusedlr.FusedAdamW) -> float:
     for key in MOMENTS:
         pairs.append(tuple([s[key] for s in o.state.values() if key in s] for o in (ours, theirs)))
     for key in ("lr", "grad_norm", "coef"):
-        a, b = (o.metrics()[key].double().reshape(-1) for o in (ours, theirs))
-        if not torch.equal(a.isnan(), b.isnan()):
+        pairs.append(tuple(list(o.metrics()[key].double().reshape(-1).split(1)) for o in (ours, theirs)))
+    return max(_difference(a, b) for a, b in pairs)
+
+
+def _difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """`relative_difference` where both are finite; elsewhere they must be the same."""
+    for x, y in zip(a, b, strict=True):
+        bad = ~(x.isfinite() & y.isfinite())
+        if not torch.equal(x[bad].nan_to_num(7), y[bad].to(x.dtype).nan_to_num(7)):
             return math.inf
-        pairs.append((list(a.nan_to_num(7).split(1)), list(b.nan_to_num(7).split(1))))
-    return max(relative_difference(a, b) for a, b in pairs)
+        if not torch.equal(x.isnan(), y.isnan()):
+            return math.inf
+    finite = [[torch.where(x.isfinite(), x, 7) for x in tensors] for tensors in (a, b)]
+    return relative_difference(*finite)
 
 
 def both(make: Callable[[], list[dict[str, Any]]], **options: Any) -> fusedlr.FusedAdamW:

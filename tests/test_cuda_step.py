@@ -45,7 +45,7 @@ class Spy:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     make = cuda_step._launcher
-    monkeypatch.setattr(cuda_step, "_launcher", lambda launch: Spy(make(launch), calls))
+    monkeypatch.setattr(cuda_step, "_launcher", lambda *args, **options: Spy(make(*args, **options), calls))
     return calls
 
 
@@ -94,10 +94,10 @@ def test_addresses_in_a_table_are_uploaded_when_they_change(
 def launches(kind: tuple[int, int]) -> Any:
     """Launches of nothing, on two tensors of these types; addresses are not looked at before a step."""
     numbers = dict.fromkeys(("now", "programs", "groups", "phases"), 0)
-    names = "tensors chunks ints floats counters used norms tickets grad_scale found_inf alive"
+    names = "tensors chunks ints floats counters used norms tickets alive"
     addresses = dict.fromkeys(names.split(), 0)
     return compiled.cuda.Launcher(
-        **addresses, **numbers, count=2, buckets=[(*kind, False, 0, 0)], normed=False
+        **addresses, **numbers, count=2, buckets=[(*kind, False, 0, 0)], normed=False, load=False
     )
 
 
@@ -110,4 +110,4 @@ def test_there_is_no_kernel_for_other_types(kind: tuple[int, int]) -> None:
 @pytest.mark.parametrize("count", (0, 1, 3))
 def test_a_gradient_per_tensor_is_needed(count: int) -> None:
     with pytest.raises(ValueError, match="one gradient per tensor"):
-        launches((1, 1)).step([0] * count, 0)
+        launches((1, 1)).step([0] * count, 0, 0, 0)

@@ -48,7 +48,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
                 patch.setattr(module, "capturing", lambda device: True)
             patch.setattr(triton_step.Launcher, "_run", record)
             make = cuda_step._launcher
-            patch.setattr(cuda_step, "_launcher", lambda launch: Recorder(graph, make(launch), launch.rows))
+            patch.setattr(cuda_step, "_launcher", lambda launch, load: Recorder(graph, make(launch, load)))
             yield
 
     return capture
@@ -57,19 +57,19 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
 class Recorder:
     """Stands for the launches in CUDA: a graph keeps their parameters, gradients' addresses among them."""
 
-    def __init__(self, graph: Graph, launches: Any, count: int) -> None:
-        self._graph, self._launches, self._count = graph, launches, count
+    def __init__(self, graph: Graph, launches: Any) -> None:
+        self._graph, self._launches = graph, launches
 
-    def step(self, gradients: list[int], stream: int) -> None:
+    def step(self, gradients: list[int], *rest: int) -> None:
         addresses = list(gradients)
-        self._graph.launches.append(lambda: self._launches.step(addresses, stream))
+        self._graph.launches.append(lambda: self._launches.step(addresses, *rest))
 
-    def step_at(self, gradients: int, stream: int) -> None:
-        addresses = (ctypes.c_uint64 * self._count).from_address(gradients)
-        self.step(list(addresses), stream)
+    def step_at(self, gradients: int, count: int, *rest: int) -> None:
+        addresses = (ctypes.c_uint64 * count).from_address(gradients)
+        self.step(list(addresses), *rest)
 
-    def step_with_table(self, gradients: int, stream: int) -> None:
-        self._graph.launches.append(lambda: self._launches.step_with_table(gradients, stream))
+    def step_with_table(self, *arguments: int) -> None:
+        self._graph.launches.append(lambda: self._launches.step_with_table(*arguments))
 
 
 @pytest.fixture(

@@ -13,41 +13,35 @@ import fusedlr
 from . import gpu_runs
 
 Edit = tuple[tuple[str, str], ...]
-# partial sums are added up by the whole block already where a scope has more than this few
-SMALL = ("kLarge = 32 * kWarp;", "kLarge = 4;")
 _SYNC = "    __syncthreads();\n"
 _CHUNK, _FIRST = "step.chunks[step.first + blockIdx.x];\n", "step.chunks[blockIdx.x];\n"
-_PLACE = "    const Place at = place(launch, chunk);\n"
+_READ = "        // counters have been read"
 
 # name -> edits, each of what the kernels say and what the wrong ones say
 EDITS: dict[str, Edit] = {
-    # barriers. The one before the ticket is not here: nobody reads before the end of the launch what other
-    # threads than the first have written, so nothing can come out wrong
-    "no barrier before sums are written again": (
-        SMALL,
-        (f"    // whoever reads the last sum has done so\n{_SYNC}", ""),
-    ),
+    # barriers
     "no barrier before sums are read": ((f"sums[warp] = x;\n{_SYNC}", "sums[warp] = x;\n"),),
-    "no barrier after the ticket": ((f"{_SYNC}    return last;", "    return last;"),),
-    "no barrier after the first thread's scalars": (
-        (f"    {_SYNC}        if (!skip) {{", "        if (!skip) {"),
+    "no barrier after the ticket of the norm": (
+        (f"{_SYNC}    if (last) finish_norms", "    if (last) finish_norms"),
     ),
-    "not every thread comes to a barrier": (
-        (f"    {_SYNC}        if (!skip)", f"        if (!skip) {_SYNC}"),
+    "no barrier after the ticket of the update": (
+        (f"{_SYNC}    if (last) count_step", "    if (last) count_step"),
     ),
+    "no barrier after the first thread's scalars": ((f"    {_SYNC}{_READ}", _READ),),
+    "not every thread comes to a barrier": ((f"    {_SYNC}{_READ}", f"        if (thread) {_SYNC}{_READ}"),),
     # tickets
-    "tickets not handed back": (("        if (last) *ticket = 0;\n", ""),),
-    "counters moved by the first block": (("== programs - 1", "== 0"),),
-    "counters moved by every block": (("atomicAdd(ticket, 1) == programs - 1", "atomicAdd(ticket, 1) >= 0"),),
+    "tickets not handed back": (("    *ticket = 0;\n", ""),),
+    "counters moved by the first block": (("!= programs - 1", "!= 0"),),
+    "counters moved by every block": (
+        ("if (atomicAdd(ticket, 1) != programs - 1) return false;", "atomicAdd(ticket, 1);"),
+    ),
     # where a chunk is
     "the first tensor taken for none": (("chunk.tensor < 0", "chunk.tensor <= 0"),),
     "chunks start at 0": (("chunk.index * kChunk, left", "chunk.index * 0, left"),),
     "chunks one element short": (("left < kChunk ? left", "left <= kChunk ? left - 1"),),
     "full chunks alone": (("left < kChunk ? left", "left < kChunk ? 0"),),
-    "norm of the first bucket's chunks": (
-        (f"{_CHUNK}{_PLACE}    const int count", f"{_FIRST}{_PLACE}    const int count"),
-    ),
-    "update of the first bucket's chunks": ((f"{_CHUNK}{_PLACE}    if", f"{_FIRST}{_PLACE}    if"),),
+    "norm of the first bucket's chunks": ((f"{_CHUNK}    // a replay", f"{_FIRST}    // a replay"),),
+    "update of the first bucket's chunks": ((f"{_CHUNK}    if (*step.", f"{_FIRST}    if (*step."),),
     "gradients of the tensor after": (
         ("launch.gradient(chunk.tensor)", "launch.gradient(chunk.tensor ^ 1)"),
     ),
@@ -57,33 +51,26 @@ EDITS: dict[str, Edit] = {
     "an element of the wide path twice": (
         ("int j = wide + thread;", "int j = (wide ? wide - 1 : 0) + thread;"),
     ),
-    "wide steps of one element": (("i += kThreads * kWide;\n", "i += kThreads * kWide + 4;\n"),),
-    "wide path one tile short": (("while (i < wide) {", "while (i + kWide < wide) {"),),
+    "wide steps of one element": (("i += kThreads * kEach;\n", "i += kThreads * kEach + 4;\n"),),
+    "wide path one tile short": (("while (i < wide) {", "while (i + kEach < wide) {"),),
     "next tile not read": (("                if (i < wide) some.read(arrays, i);\n", ""),),
-    "norm without tails": (
-        ("int i = wide + threadIdx.x; i < count", "int i = wide + threadIdx.x; i < wide"),
-    ),
-    "norm without wide path": (("i < wide && i < count; i +=", "i < 0 && i < count; i +="),),
+    "norm without tails": (("int i = wide + thread; i < count", "int i = wide + thread; i < wide"),),
+    "norm without wide path": (("if ((r * kThreads + thread) * kEach >= wide) break;", "break;"),),
     "norm without a wide element": (
-        ("j < kWide; ++j) {\n            const", "j < kWide - 1; ++j) {\n            const"),
+        ("j < kEach; ++j) {\n            const", "j < kEach - 1; ++j) {\n            const"),
+    ),
+    "norm one round short": (
+        ("r < kRounds; ++r) {\n        if ((", "r < kRounds - 1; ++r) {\n        if (("),
     ),
     # sums
     "a scope without its first slot, in a warp": (("ints.first_slot + lane", "ints.first_slot + 1 + lane"),),
     "a scope without its last slot, in a warp": (("ints.last_slot, kWarp", "ints.last_slot - 1, kWarp"),),
     "a scope with a slot too many, in a warp": (("ints.last_slot, kWarp", "ints.last_slot + 1, kWarp"),),
-    "a scope without its first slot, in a block": (
-        SMALL,
-        ("ints.first_slot + threadIdx.x", "ints.first_slot + 1 + threadIdx.x"),
+    "without the first slot, in a block": (
+        ("sum_slots(partials, threadIdx.x", "sum_slots(partials, 1 + threadIdx.x"),
     ),
-    "a scope without its last slot, in a block": (
-        SMALL,
-        ("ints.last_slot, kThreads", "ints.last_slot - 1, kThreads"),
-    ),
-    "a scope with a slot too many, in a block": (
-        SMALL,
-        ("ints.last_slot, kThreads", "ints.last_slot + 1, kThreads"),
-    ),
-    "neither warp nor block takes a scope": (SMALL, ("> kLarge) continue", ">= kLarge) continue")),
+    "without the last slot, in a block": (("step.programs, kThreads", "step.programs - 1, kThreads"),),
+    "a slot too many, in a block": (("step.programs, kThreads", "step.programs + 1, kThreads"),),
     "one round of slots": (("i < last; i += stride", "i < first + stride && i < last; i += stride"),),
     "one round of scopes": (("scope += kThreads / kWarp", "scope += kThreads"),),
     "slots of two chunks in one": (
@@ -94,20 +81,15 @@ EDITS: dict[str, Edit] = {
     "sum of squares for a norm, in a warp": (
         ("if (lane == 0) step.norms[scope] = sqrtf(sum)", "if (lane == 0) step.norms[scope] = sum"),
     ),
-    "sum of squares for a norm, in a block": (
-        SMALL,
-        (
-            "if (threadIdx.x == 0) step.norms[scope] = sqrtf(sum)",
-            "if (threadIdx.x == 0) step.norms[scope] = sum",
-        ),
-    ),
+    "sum of squares for a norm, in a block": (("step.norms[0] = sqrtf(sum)", "step.norms[0] = sum"),),
     # decisions
     "norm where none is needed": (
         ('ints.normed ? __ldcg(step.norms + ints.scope) : nanf("")', "__ldcg(step.norms + ints.scope)"),
     ),
     "clipping without the epsilon": (("norm + kClipEps", "norm"),),
-    "clipping that scales up": (("coef > 1 || isinf(limit)", "isinf(limit)"),),
-    "no limit clips by nan": (("coef > 1 || isinf(limit)", "coef > 1"),),
+    "clipping that scales up": (("coef > 1 || limit != limit", "limit != limit"),),
+    "no limit clips by nan": (("coef > 1 || limit != limit", "coef > 1"),),
+    "an infinite limit is none": (("limit != limit", "limit != limit || isinf(limit)"),),
     "skip only above 0": (("*step.found_inf != 0", "*step.found_inf > 0"),),
     "inf is applied": (("!isfinite(norm)", "norm != norm"),),
     "nan is applied": (("!isfinite(norm)", "isinf(norm)"),),
@@ -116,10 +98,10 @@ EDITS: dict[str, Edit] = {
         ("        if (!skip) {\n            const Scalars", "        if (true) {\n            const Scalars"),
     ),
     "norm of scaled gradients": (("const float factor = 1 / *step.grad_scale;", "const float factor = 1;"),),
-    "scaled gradients": (("1 / *step.grad_scale * decision.coef", "decision.coef"),),
+    "scaled gradients": (("1 / scale * decision.coef", "decision.coef"),),
     # counters
     "a skipped step moves the schedule": (("skip ? 0 : ints.advance", "ints.advance"),),
-    "a skipped step counts for the bias": (("if (!skip) *reinterpret_cast", "*reinterpret_cast"),),
+    "a skipped step counts for the bias": (("if (!skip) *global<float>", "*global<float>"),),
     "skips in a row never end": (("skip ? *in_row + 1 : 0", "*in_row + skip"),),
     "every step counts as skipped": (("*skipped += skip", "*skipped += 1"),),
     "inactive groups count": (("if (!ints.active) continue;", ""),),
@@ -134,7 +116,7 @@ EDITS: dict[str, Edit] = {
         ),
     ),
     # scalars
-    "bias correction counts from 0": (("(row.step)) + 1", "(row.step)) + 0.5"),),
+    "bias correction counts from 0": (("double(t) + 1", "double(t) + 0.5"),),
     "rest of the logarithm left out": (
         ("double(floats.log_b2_hi) + double(floats.log_b2_lo)", "double(floats.log_b2_hi)"),
     ),
@@ -174,7 +156,7 @@ TABLE_EDITS: dict[str, Edit] = {
 ALIGNMENT_EDITS: dict[str, Edit] = {
     "param": (("at.gradient | row.param |", "at.gradient |"),),
     "grad": (("at.gradient | row.param", "row.param"),),
-    "grad of the norm": (("wide_elements(at, at.gradient)", "wide_elements(at, 0)"),),
+    "grad of the norm": (("wide_elements(at, at.gradient, kEach)", "wide_elements(at, 0, kEach)"),),
     "exp_avg": (("row.param | row.exp_avg |", "row.param |"),),
     "exp_avg_sq": (("row.exp_avg | row.exp_avg_sq |", "row.exp_avg |"),),
     "max_exp_avg_sq": (("(AMSGRAD ? row.top : 0)", "0"),),
@@ -187,7 +169,7 @@ def _tensors(*sizes: int, seed: int, dtype: torch.dtype = torch.float32) -> list
 
 
 def _many() -> list[dict[str, Any]]:
-    """Groups of all sorts; scopes of 1, 3, 4, 5 and 40 chunks, and more of them than a block has warps."""
+    """Groups of all sorts; scopes of 1 to 40 chunks, and more of them than a block has warps."""
     return [
         {"params": _tensors(8, dtype=torch.bfloat16, seed=1)},
         {
@@ -217,6 +199,10 @@ def _some_without(optimizer: Any, k: int) -> None:
         optimizer.param_groups[8]["params"][0].grad[0] = -math.inf
 
 
+def _infinite(optimizer: Any, k: int) -> None:
+    optimizer.param_groups[0]["params"][0].grad[0] = math.inf
+
+
 def _wide() -> list[dict[str, Any]]:
     """More groups, and more tensors, than a block has threads."""
     return [{"params": _tensors(*[4] * 300, seed=11)}, *({"params": []} for _ in range(260))]
@@ -233,5 +219,6 @@ RUNS = (
     (_joint, {"steps": 2, "before": _some_without}),
     (_wide, {"steps": 2}),
     (_one, {"steps": 2, "nonfinite": "propagate", "max_grad_norm": None}),
+    (_one, {"steps": 1, "nonfinite": "propagate", "max_grad_norm": math.inf, "before": _infinite}),
     (_one, {"steps": 2, "schedule": None, "lr": torch.tensor(0.3)}),
 )
