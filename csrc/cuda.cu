@@ -132,6 +132,7 @@ struct Arrays {
     const P* g;
     M *m, *v, *top;
 
+    Arrays() = default;
     __device__ explicit Arrays(const Place& at)
         : p(global<P>(uint64_t(at.row->param)) + at.begin),
           g(global<const P>(at.gradient) + at.begin),
@@ -336,35 +337,33 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     const Place at = place(launch, chunk);
     // it reads its own elements afterwards, having no registers for both
     if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
-    if (at.count == 0) {
-        if (thread == 0) last = is_last(step.tickets + 1, step.programs);
-    } else {
-        const TensorRow& row = *at.row;
-        const Arrays<M, AMSGRAD> arrays(at);
-        const uint64_t addresses =
-            at.gradient | row.param | row.exp_avg | row.exp_avg_sq | (AMSGRAD ? row.top : 0);
-        const int count = int(at.count), wide = wide_elements(at, addresses, kEach);
-        Elements<M, AMSGRAD, kEach> some;
-        int i = thread * kEach;
+    Arrays<M, AMSGRAD> arrays = {};
+    Elements<M, AMSGRAD, kEach> some;
+    const int count = int(at.count);
+    int wide = 0, i = thread * kEach;
+    if (count) {
+        arrays = Arrays<M, AMSGRAD>(at);
+        const uint64_t moments = at.row->exp_avg | at.row->exp_avg_sq | (AMSGRAD ? at.row->top : 0);
+        wide = wide_elements(at, at.gradient | at.row->param | moments, kEach);
         // on the way while the first thread computes
         if (i < wide) some.read(arrays, i);
-        __syncthreads();
-        // counters have been read; nobody waits for what is written from here on
-        if (thread == 0) last = is_last(step.tickets + 1, step.programs);
-        if (!skip) {
-            const Scalars<float> s = scalars;
-            while (i < wide) {
-                some.update(s, arrays.top);
-                some.write(arrays, i);
-                i += kThreads * kEach;
-                if (i < wide) some.read(arrays, i);
-            }
-            for (int j = wide + thread; j < count; j += kThreads) {
-                Elements<M, AMSGRAD, 1> one;
-                one.read(arrays, j);
-                one.update(s, arrays.top);
-                one.write(arrays, j);
-            }
+    }
+    __syncthreads();
+    // counters have been read; nobody waits for what is written from here on
+    if (thread == 0) last = is_last(step.tickets + 1, step.programs);
+    if (!skip) {
+        const Scalars<float> s = scalars;
+        while (i < wide) {
+            some.update(s, arrays.top);
+            some.write(arrays, i);
+            i += kThreads * kEach;
+            if (i < wide) some.read(arrays, i);
+        }
+        for (int j = wide + thread; j < count; j += kThreads) {
+            Elements<M, AMSGRAD, 1> one;
+            one.read(arrays, j);
+            one.update(s, arrays.top);
+            one.write(arrays, j);
         }
     }
     __syncthreads();

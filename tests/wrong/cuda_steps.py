@@ -15,7 +15,7 @@ from . import gpu_runs
 Edit = tuple[tuple[str, str], ...]
 _SYNC = "    __syncthreads();\n"
 _CHUNK, _FIRST = "step.chunks[step.first + blockIdx.x];\n", "step.chunks[blockIdx.x];\n"
-_READ = "        // counters have been read"
+_READ = "    // counters have been read"
 
 # name -> edits, each of what the kernels say and what the wrong ones say
 EDITS: dict[str, Edit] = {
@@ -27,8 +27,8 @@ EDITS: dict[str, Edit] = {
     "no barrier after the ticket of the update": (
         (f"{_SYNC}    if (last) count_step", "    if (last) count_step"),
     ),
-    "no barrier after the first thread's scalars": ((f"    {_SYNC}{_READ}", _READ),),
-    "not every thread comes to a barrier": ((f"    {_SYNC}{_READ}", f"        if (thread) {_SYNC}{_READ}"),),
+    "no barrier after the first thread's scalars": ((f"{_SYNC}{_READ}", _READ),),
+    "not every thread comes to a barrier": ((f"{_SYNC}{_READ}", f"    if (thread) {_SYNC}{_READ}"),),
     # tickets
     "tickets not handed back": (("    *ticket = 0;\n", ""),),
     "counters moved by the first block": (("!= programs - 1", "!= 0"),),
@@ -53,7 +53,7 @@ EDITS: dict[str, Edit] = {
     ),
     "wide steps of one element": (("i += kThreads * kEach;\n", "i += kThreads * kEach + 4;\n"),),
     "wide path one tile short": (("while (i < wide) {", "while (i + kEach < wide) {"),),
-    "next tile not read": (("                if (i < wide) some.read(arrays, i);\n", ""),),
+    "next tile not read": (("            if (i < wide) some.read(arrays, i);\n", ""),),
     "norm without tails": (("int i = wide + thread; i < count", "int i = wide + thread; i < wide"),),
     "norm without wide path": (("if ((r * kThreads + thread) * kEach >= wide) break;", "break;"),),
     "norm without a wide element": (
@@ -95,7 +95,7 @@ EDITS: dict[str, Edit] = {
     "nan is applied": (("!isfinite(norm)", "isinf(norm)"),),
     "skip where nan should propagate": (("ints.skip_nonfinite && ", ""),),
     "a skipped step updates": (
-        ("        if (!skip) {\n            const Scalars", "        if (true) {\n            const Scalars"),
+        ("    if (!skip) {\n        const Scalars", "    if (true) {\n        const Scalars"),
     ),
     "norm of scaled gradients": (("const float factor = 1 / *step.grad_scale;", "const float factor = 1;"),),
     "scaled gradients": (("1 / scale * decision.coef", "decision.coef"),),
@@ -154,12 +154,12 @@ TABLE_EDITS: dict[str, Edit] = {
 
 # seen where the tensor of that name is not at a multiple of 16 bytes, by a compiler that looks
 ALIGNMENT_EDITS: dict[str, Edit] = {
-    "param": (("at.gradient | row.param |", "at.gradient |"),),
-    "grad": (("at.gradient | row.param", "row.param"),),
+    "param": (("at.gradient | at.row->param | moments", "at.gradient | moments"),),
+    "grad": (("at.gradient | at.row->param", "at.row->param"),),
     "grad of the norm": (("wide_elements(at, at.gradient, kEach)", "wide_elements(at, 0, kEach)"),),
-    "exp_avg": (("row.param | row.exp_avg |", "row.param |"),),
-    "exp_avg_sq": (("row.exp_avg | row.exp_avg_sq |", "row.exp_avg |"),),
-    "max_exp_avg_sq": (("(AMSGRAD ? row.top : 0)", "0"),),
+    "exp_avg": (("at.row->exp_avg | at.row->exp_avg_sq", "at.row->exp_avg_sq"),),
+    "exp_avg_sq": (("at.row->exp_avg | at.row->exp_avg_sq", "at.row->exp_avg"),),
+    "max_exp_avg_sq": (("(AMSGRAD ? at.row->top : 0)", "0"),),
 }
 
 
