@@ -2,7 +2,7 @@
 // this once per type of the parameters, FUSEDLR_TYPE, in namespace FUSEDLR_NAME.
 //
 // A block has one chunk of one tensor. Its first thread finds out what holds for the chunk while the others
-// fetch it. The last block of all to finish adds up the norms, or moves the counters: nothing needs the host.
+// fetch it. The last block of all adds up the norms, or moves the counters: nothing needs the host.
 //
 // Bytes per parameter in fp32: the update reads p g m v and writes p m v, 28; the norm reads g, 4.
 #include "cuda_step.h"
