@@ -111,3 +111,33 @@ def test_there_is_no_kernel_for_other_types(kind: tuple[int, int]) -> None:
 def test_a_gradient_per_tensor_is_needed(count: int) -> None:
     with pytest.raises(ValueError, match="one gradient per tensor"):
         launches((1, 1)).step([0] * count, 0, 0, 0)
+
+
+INSIDE = [75, 80, 86, 90, 120]
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "words"),
+    (
+        (75, 13000, None),
+        (87, 13000, None),
+        (89, 13010, None),
+        (121, 13000, None),
+        # by its PTX
+        (130, 13000, None),
+        (130, 14000, None),
+        (70, 13000, "compute capability 7.0, inside are 7.5, 8.0, 8.6, 9.0, 12.0"),
+        (110, 13000, "compute capability 11.0, inside"),
+        (90, 12090, "it needs a driver for CUDA 13.0, this one is for 12.9"),
+    ),
+)
+def test_a_gpu_is_told_from_what_is_inside(capability: int, driver: int, words: str | None) -> None:
+    why = cuda_step.misfit(capability, INSIDE, 13000, driver)
+    assert why is None if words is None else words in (why or "")
+
+
+def test_an_older_driver_of_the_same_cuda_runs_code_but_compiles_none() -> None:
+    assert cuda_step.misfit(90, INSIDE, 12080, 12010) is None
+    assert "it needs a driver for CUDA 12.8" in (cuda_step.misfit(90, INSIDE, 12080, 12000) or "")
+    why = cuda_step.misfit(130, INSIDE, 12080, 12010) or ""
+    assert "to compile for compute capability 13.0 it needs a driver for CUDA 12.8" in why
