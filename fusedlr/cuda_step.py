@@ -60,9 +60,9 @@ def misfit(capability: int, inside: list[int], toolkit: int, driver: int) -> str
     The last architecture is inside as PTX too. Versions are CUDA's, 13000 for 13.0: a driver runs what
     toolkits of its major version and older ones compiled, but compiles PTX up to its own version only.
     """
-    if driver // 1000 < toolkit // 1000 or driver < _MIN_DRIVER:
-        oldest = _version(max(toolkit, _MIN_DRIVER))
-        return f"it needs a driver for CUDA {oldest}, this one is for {_version(driver)}"
+    oldest = max(toolkit // 1000 * 1000, _MIN_DRIVER)
+    if driver < oldest:
+        return f"it needs a driver for CUDA {_version(oldest)}, this one is for {_version(driver)}"
     if any(arch // 10 == capability // 10 and arch <= capability for arch in inside):
         return None
     if capability < inside[-1]:

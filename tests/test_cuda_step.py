@@ -138,6 +138,6 @@ def test_a_gpu_is_told_from_what_is_inside(capability: int, driver: int, words: 
 
 def test_an_older_driver_of_the_same_cuda_runs_code_but_compiles_none() -> None:
     assert cuda_step.misfit(90, INSIDE, 12080, 12010) is None
-    assert "it needs a driver for CUDA 12.8" in (cuda_step.misfit(90, INSIDE, 12080, 12000) or "")
+    assert "it needs a driver for CUDA 12.1" in (cuda_step.misfit(90, INSIDE, 12080, 12000) or "")
     why = cuda_step.misfit(130, INSIDE, 12080, 12010) or ""
     assert "to compile for compute capability 13.0 it needs a driver for CUDA 12.8" in why
