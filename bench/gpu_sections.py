@@ -6,6 +6,7 @@ bench/gpu_suite.py runs them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -35,6 +36,8 @@ _SHAPES = [(16, 256), (256, 16), (16, 256), (1024, 16)] * 2
 _INVENTORIES = ("tiny", "llama-2-7b-qv-r8", "llama-2-7b-all-r16")
 # a graph of a step of 30 us runs 3 ms: many times what it takes to start the first
 _REPLAYS = 100
+# the backends whose kernels are for GPUs
+KERNELS = ("cuda", "triton")
 # where sanitizer and driver are put by CUDA's own installers, which do not touch PATH
 _CUDA_HOMES = ("CUDA_HOME", "CUDA_PATH")
 
@@ -137,7 +140,7 @@ def count_launches(settings: Settings) -> Result:
             rows = result[f"{inventory.name}, {'with' if clip else 'no'} clipping"] = {}
             for provider in quick(settings.device):
                 rows[provider.name] = count = attempt(count_one, provider, inventory, clip, settings)
-                if provider.name == "fusedlr-triton" and settings.on_gpu:
+                if provider.name in (f"fusedlr-{kernels}" for kernels in KERNELS) and settings.on_gpu:
                     right = count.get("kernels") == 1 + clip and count.get("copies to the device") == 0
                     result["passed"] &= right
             settings.keep(result)
@@ -229,12 +232,22 @@ def sanitize(settings: Settings) -> Result:
     if tool is None:
         return {"left out": "compute-sanitizer is not installed"}
     result: Result = {"passed": True}
-    for name in ("memcheck", "racecheck"):
+    for name, kernels in itertools.product(("memcheck", "racecheck", "initcheck"), here(settings.device)):
         command = [tool, "--tool", name, "--error-exitcode", "9"]
-        result[name] = sanitize_with(command, script, settings)
-        result["passed"] &= result[name]["passed"]
+        found = sanitize_with(command, [*script, "--backend", kernels], settings)
+        result[f"{name}, {kernels}"] = found
+        result["passed"] &= found["passed"]
         settings.keep(result)
     return result
+
+
+def here(device: str) -> list[str]:
+    """Backends with kernels of ours that run there."""
+    return [
+        name
+        for name, why in backends.reasons([torch.device(device)]).items()
+        if why is None and name in KERNELS
+    ]
 
 
 def sanitize_with(tool: list[str], script: list[str], settings: Settings) -> Result:
@@ -244,7 +257,8 @@ def sanitize_with(tool: list[str], script: list[str], settings: Settings) -> Res
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run([*tool, *script], cwd=ROOT, env=env, capture_output=True, text=True)
     lines = (run.stdout + run.stderr).splitlines()
-    (settings.out / f"{tool[2] if tool else 'script'}.log").write_text("\n".join(lines) + "\n")
+    with (settings.out / "sanitizer.log").open("a") as log:
+        log.write("\n".join([f"$ {' '.join([*tool, *script])}", *lines, ""]))
     if run.returncode and not tool:
         raise RuntimeError(lines[-1] if lines else f"exit code {run.returncode}")
     summary = [line.lstrip("= ") for line in lines if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]

@@ -57,11 +57,15 @@ def run(backend: str, device: str, steps: int = 2) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitized", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
+    parser.add_argument("--backend", default="auto", help="whose kernels (default: auto)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     device = torch.device(args.device)
-    backend = backends.choose("auto", [device]).name
+    try:
+        backend = backends.choose(args.backend, [device]).name
+    except (RuntimeError, ValueError) as error:
+        parser.error(f"--backend: {error}")
     print(f"{run(backend, args.device)} cases on {backend}")
     return 0
 

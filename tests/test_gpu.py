@@ -182,9 +182,12 @@ def captured(backend: str) -> tuple[fusedlr.FusedAdamW, Callable[[], None]]:
     return optimizer, graphs.capture(optimizer.step, torch.device("cuda"))
 
 
-def triton_only() -> None:
-    if "triton" not in backends_on("cuda"):
-        pytest.skip("Triton does not run on this GPU")
+@pytest.fixture(params=("cuda", "triton"))
+def kernels(request: pytest.FixtureRequest) -> str:
+    """A backend with kernels of ours."""
+    if request.param not in backends_on("cuda"):
+        pytest.skip(f"{request.param} does not run on this GPU")
+    return request.param
 
 
 def host_hears(optimizer: Any) -> None:
@@ -196,9 +199,8 @@ def host_hears(optimizer: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_of_tensors_that_moved_does_nothing_and_says_so() -> None:
-    triton_only()
-    optimizer, replay = captured("triton")
+def test_a_graph_of_tensors_that_moved_does_nothing_and_says_so(kernels: str) -> None:
+    optimizer, replay = captured(kernels)
     replay()
     host_hears(optimizer)
     p = all_params(optimizer)[0]
@@ -218,10 +220,9 @@ def test_a_graph_of_tensors_that_moved_does_nothing_and_says_so() -> None:
 
 
 @pytest.mark.gpu
-def test_replays_follow_a_hyperparameter_after_one_step_outside() -> None:
-    triton_only()
-    optimizer, replay = captured("triton")
-    other = optimizer_of(params("cuda"), "triton")
+def test_replays_follow_a_hyperparameter_after_one_step_outside(kernels: str) -> None:
+    optimizer, replay = captured(kernels)
+    other = optimizer_of(params("cuda"), kernels)
     in_place(other, 0)
     for _ in range(WARM_UP):
         other.step()
@@ -235,11 +236,10 @@ def test_replays_follow_a_hyperparameter_after_one_step_outside() -> None:
 
 
 @pytest.mark.gpu
-def test_two_graphs_of_one_optimizer_take_turns() -> None:
-    triton_only()
-    optimizer, first = captured("triton")
+def test_two_graphs_of_one_optimizer_take_turns(kernels: str) -> None:
+    optimizer, first = captured(kernels)
     second = graphs.capture(optimizer.step, torch.device("cuda"))
-    other = optimizer_of(params("cuda"), "triton")
+    other = optimizer_of(params("cuda"), kernels)
     in_place(other, 0)
     for _ in range(2 * WARM_UP):
         other.step()
@@ -359,9 +359,7 @@ def test_counters_move_once_however_blocks_are_staggered(device: str, backend: s
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", ("joint", "independent"))
-def test_groups_and_dtypes_against_the_reference(groups: str) -> None:
-    triton_only()
-
+def test_groups_and_dtypes_against_the_reference(groups: str, kernels: str) -> None:
     def make(backend: str) -> fusedlr.FusedAdamW:
         kinds: list[dict[str, Any]] = [
             {"params": params("cuda", dtype=torch.bfloat16)},
@@ -371,7 +369,7 @@ def test_groups_and_dtypes_against_the_reference(groups: str) -> None:
         ]
         return optimizer_of(kinds, backend, groups=groups, eps=1e-4)
 
-    ours, theirs = make("triton"), make("reference")
+    ours, theirs = make(kernels), make("reference")
     for k in range(4):
         in_place(ours, k), in_place(theirs, k)
         ours.step(), theirs.step()
@@ -387,7 +385,8 @@ def test_groups_and_dtypes_against_the_reference(groups: str) -> None:
 
 @pytest.mark.gpu
 def test_nothing_is_compiled_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_only()
+    if "triton" not in backends_on("cuda"):
+        pytest.skip("Triton does not run on this GPU")
     from triton.runtime.jit import JITFunction
 
     optimizer = optimizer_of(params("cuda"), "triton")
