@@ -302,7 +302,7 @@ BAD = {
     "unknown inventory": (["llama"], "argument INVENTORY: llama matches none of tiny, or MODEL-TARGETS"),
     "all and one": (["tiny", "--all"], "argument --all: names all inventories already"),
     "unknown provider": (["--providers", "lion"], "argument --providers: 'lion' is none of fused, "),
-    "provider that cannot": (["--providers", "fusedlr-cuda"], "argument --providers: fusedlr-cuda: "),
+    "provider that cannot": (["--providers", "fusedlr-triton"], "argument --providers: fusedlr-triton: "),
     "threads": (["--threads", "0"], "argument --threads: 0 is out of range"),
     "rounds": (["--rounds", "x"], "argument --rounds: 'x' is not a whole number"),
     "seconds": (["--seconds", "0"], "argument --seconds: 0 is out of range: must be above 0"),
