@@ -25,7 +25,7 @@ import recipe  # noqa: E402
 
 from fusedlr.sources import digest  # noqa: E402
 
-# module -> its kernel's name, and whether it is asked for
+# module -> its kernel's name
 KERNELS = {"_cpu": "C++ kernel", "_cuda": "CUDA kernel"}
 WANTED = {module: os.environ.get(f"FUSEDLR{module.upper()}") or "auto" for module in KERNELS}
 for module, wanted in WANTED.items():

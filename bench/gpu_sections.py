@@ -243,11 +243,7 @@ def sanitize(settings: Settings) -> Result:
 
 def here(device: str) -> list[str]:
     """Backends with kernels of ours that run there."""
-    return [
-        name
-        for name, why in backends.reasons([torch.device(device)]).items()
-        if why is None and name in KERNELS
-    ]
+    return [name for name in runnable(device) if name in KERNELS]
 
 
 def sanitize_with(tool: list[str], script: list[str], settings: Settings) -> Result:

@@ -112,8 +112,8 @@ def info() -> str:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
     if compiled.cuda is not None and compiled.cuda.device_type == "cuda":
-        inside = ", ".join(f"{arch // 10}.{arch % 10}" for arch in cuda_step.archs())
-        built = f"{compiled.cuda.toolkit // 1000}.{compiled.cuda.toolkit % 1000 // 10}"
+        inside = ", ".join(map(cuda_step.dotted, cuda_step.archs()))
+        built = cuda_step.version(compiled.cuda.toolkit)
         lines.append(f"CUDA kernel built by CUDA {built} for compute capability {inside} and newer")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

@@ -21,8 +21,6 @@ from fusedlr.plan import pack_of
 from fusedlr.reference import GroupStep
 from fusedlr.staging import capturing
 
-# a launch that only counts is of this kind
-_DEFAULT_KIND = torch.float32, torch.float32
 # given anew to every step
 _OF_A_STEP = ("gradients", "grad_scale", "found_inf")
 # the first that takes launches with 32 KB of parameters
@@ -62,25 +60,27 @@ def misfit(capability: int, inside: list[int], toolkit: int, driver: int) -> str
     """
     oldest = max(toolkit // 1000 * 1000, _MIN_DRIVER)
     if driver < oldest:
-        return f"it needs a driver for CUDA {_version(oldest)}, this one is for {_version(driver)}"
+        return f"it needs a driver for CUDA {version(oldest)}, this one is for {version(driver)}"
     if any(arch // 10 == capability // 10 and arch <= capability for arch in inside):
         return None
     if capability < inside[-1]:
-        there = ", ".join(map(_dotted, inside))
-        return f"this GPU has compute capability {_dotted(capability)}, inside are {there}"
+        there = ", ".join(map(dotted, inside))
+        return f"this GPU has compute capability {dotted(capability)}, inside are {there}"
     if driver < toolkit:
         return (
-            f"to compile for compute capability {_dotted(capability)} it needs a driver for CUDA "
-            f"{_version(toolkit)}, this one is for {_version(driver)}"
+            f"to compile for compute capability {dotted(capability)} it needs a driver for CUDA "
+            f"{version(toolkit)}, this one is for {version(driver)}"
         )
     return None
 
 
-def _dotted(capability: int) -> str:
+def dotted(capability: int) -> str:
+    """A compute capability as NVIDIA writes it: 9.0 for 90."""
     return f"{capability // 10}.{capability % 10}"
 
 
-def _version(number: int) -> str:
+def version(number: int) -> str:
+    """A version of CUDA in words: 13.0 for 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -98,11 +98,8 @@ class Launcher(gpu.Launcher):
         self._launches: Any = None
 
     def _place_gradients(self, gradients: Any) -> Any:
-        addresses = gradients if isinstance(gradients, list) else None
-        count = len(addresses) if addresses is not None else gradients.count
-        if count <= compiled.cuda.most_gradients:
-            return gradients
-        return self._grads.put(gradients.gradients if addresses is None else addresses, pinned_to_graph=True)
+        count = len(gradients) if isinstance(gradients, list) else gradients.count
+        return gradients if count <= compiled.cuda.most_gradients else super()._place_gradients(gradients)
 
     def _launch(self, launch: Launch) -> None:
         kept = (x for name, x in zip(launch._fields, launch, strict=True) if name not in _OF_A_STEP)
@@ -153,7 +150,7 @@ class Launcher(gpu.Launcher):
 def _launcher(launch: Launch, load: bool) -> Any:
     buckets = []
     for bucket in launch.layout.buckets:
-        params, moments = bucket.key or _DEFAULT_KIND
+        params, moments = bucket.key
         kind = TYPES.index(params), TYPES.index(moments), bucket.key in launch.with_amsgrad
         buckets.append((*kind, bucket.first, bucket.programs))
     return compiled.cuda.Launcher(

@@ -29,6 +29,9 @@ _KINDS = {
     (p, moments) for p in (torch.float32, torch.bfloat16, torch.float16) for moments in {torch.float32, p}
 }
 
+# a launch that only counts is of this kind
+_EMPTY = torch.float32, torch.float32
+
 
 def why_not(devices: Iterable[torch.device], of: Callable[[torch.device], str | None]) -> str | None:
     """Why a backend cannot update tensors on these devices, or None; `of` tells for a single one."""
@@ -93,7 +96,7 @@ class Launcher:
         amsgrad = [row.max_exp_avg_sq is not None for row in rows]
         key = sizes, list(kinds), list(counts), amsgrad, joint
         if key != self._key:
-            self._layout = Layout.of(sizes, kinds, counts, joint)
+            self._layout = Layout.of(sizes, kinds, counts, joint, _EMPTY)
             self._with_amsgrad = {kind for kind, top in zip(kinds, amsgrad, strict=True) if top}
             length = len(counts) + self._layout.programs
             self._norms = torch.empty(length, dtype=torch.float32, device=self.device)
@@ -169,8 +172,9 @@ class Launcher:
             raise
 
     def _place_gradients(self, gradients: Any) -> Any:
-        """Where the kernels find the gradients' addresses."""
-        raise NotImplementedError
+        """Where the kernels find the gradients' addresses: in a table."""
+        addresses = gradients if isinstance(gradients, list) else gradients.gradients
+        return self._grads.put(addresses, pinned_to_graph=True)
 
     def _launch(self, launch: Launch) -> None:
         """Queue the kernels of a step."""

@@ -112,8 +112,13 @@ class Layout:
     programs: int
 
     @staticmethod
-    def of(sizes: Sequence[int], keys: Sequence[Hashable], counts: Sequence[int], joint: bool) -> Layout:
-        """Chunks of tensors with these sizes and buckets; group `i` has the next `counts[i]` of them."""
+    def of(
+        sizes: Sequence[int], keys: Sequence[Hashable], counts: Sequence[int], joint: bool, empty: Hashable
+    ) -> Layout:
+        """Chunks of tensors with these sizes and buckets; group `i` has the next `counts[i]` of them.
+
+        Where there are no tensors at all, the launch that only counts the step is of the bucket `empty`.
+        """
         by_key: dict[Hashable, list[int]] = {key: [] for key in keys}
         slots: list[tuple[int, int]] = []
         slot = tensor = 0
@@ -126,7 +131,7 @@ class Layout:
                     slot += 1
             # a group without elements still counts the step, unless it stands alone and had no gradient
             if slot == begin and (joint or count):
-                by_key.setdefault(keys[0] if keys else None, []).extend((-1, 0, slot, group, 1))
+                by_key.setdefault(keys[0] if keys else empty, []).extend((-1, 0, slot, group, 1))
                 slot += 1
             slots.append((begin, slot))
             tensor += count

@@ -14,8 +14,6 @@ from fusedlr import gpu
 from fusedlr.gpu import Launch
 from fusedlr.tables import Bucket
 
-# what a launch that only counts is compiled for
-_DEFAULT_KIND = torch.float32, torch.float32
 # what Triton itself supports
 _MIN_ARCH = 80
 
@@ -70,10 +68,6 @@ class Launcher(gpu.Launcher):
         # a launch's kernel, types and options -> what Triton compiled for them
         self._compiled: dict[Any, Any] = {}
 
-    def _place_gradients(self, gradients: Any) -> Any:
-        addresses = gradients if isinstance(gradients, list) else gradients.gradients
-        return self._grads.put(addresses, pinned_to_graph=True)
-
     def _launch(self, launch: Launch) -> None:
         tables = launch.tensors, launch.gradients, launch.chunks, launch.ints
         shared = launch.norms, launch.tickets, launch.grad_scale
@@ -89,11 +83,11 @@ class Launcher(gpu.Launcher):
         )
         kernels, programs, groups = _kernels(), launch.layout.programs, launch.groups
         for bucket in launch.layout.buckets if launch.normed else ():
-            params, _ = bucket.key or _DEFAULT_KIND
+            params, _ = bucket.key
             rest = launch.now, bucket.first, programs, groups, kernels.TYPES[params]
             self._run(kernels.norm_kernel, bucket, (*norm_args, *rest), False)
         for bucket in launch.layout.buckets:
-            params, moments = bucket.key or _DEFAULT_KIND
+            params, moments = bucket.key
             amsgrad = bucket.key in launch.with_amsgrad
             lengths = launch.now, bucket.first, programs, groups, launch.phases, launch.rows
             types = kernels.TYPES[params], kernels.TYPES[moments], amsgrad

@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
+from cuda_host import CSRC, ROOT, recipe
+
 RECORD = ROOT / "bench/results/cuda_registers.json"
 # namespace in csrc/cuda.cu, also of its moments where they are not fp32
 TYPES = ("f32", "bf16", "f16")
@@ -40,36 +39,26 @@ def _wide() -> dict[tuple[str, str], tuple[int, int]]:
 WIDE = _wide()
 
 
-def _recipe() -> Any:
-    # not a package: setup.py imports it before there is one
-    sys.path.append(str(CSRC))
-    import recipe
-
-    return recipe
-
-
 @cache
 def why_not() -> str | None:
     """Why nothing can be compiled here."""
     if not CSRC.is_dir():
         return "needs the tree"
-    recipe = _recipe()
     try:
-        recipe.cuda_archs(recipe.nvcc())
-    except recipe.Unavailable as error:
+        recipe().cuda_archs(recipe().nvcc())
+    except recipe().Unavailable as error:
         return str(error)
     return None
 
 
 def archs() -> list[int]:
-    recipe = _recipe()
-    return recipe.cuda_archs(recipe.nvcc())
+    return recipe().cuda_archs(recipe().nvcc())
 
 
 def release() -> str:
     """Of nvcc, such as 13.0."""
     said = subprocess.run(
-        f"{_recipe().nvcc()} --version", shell=True, text=True, capture_output=True, check=True
+        f"{recipe().nvcc()} --version", shell=True, text=True, capture_output=True, check=True
     )
     return re.findall(r"release (\d+\.\d+)", said.stdout)[0]
 
@@ -81,11 +70,10 @@ def compile_all() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _compile(name: str) -> dict[str, dict[str, Any]]:
-    recipe = _recipe()
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *shlex.split(recipe.nvcc()),
-            *recipe.NVCC_FLAGS.split(),
+            *shlex.split(recipe().nvcc()),
+            *recipe().NVCC_FLAGS.split(),
             "-Xptxas",
             "-v",
             "--keep",
@@ -94,7 +82,7 @@ def _compile(name: str) -> dict[str, dict[str, Any]]:
         ]
         for arch in archs():
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        command += [f"-DFUSEDLR_TYPE={recipe.CUDA_TYPES[name]}", f"-DFUSEDLR_NAME={name}"]
+        command += [f"-DFUSEDLR_TYPE={recipe().CUDA_TYPES[name]}", f"-DFUSEDLR_NAME={name}"]
         command += ["-c", str(CSRC / "cuda.cu"), "-o", f"{folder}/cuda.o"]
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr

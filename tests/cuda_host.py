@@ -15,6 +15,8 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,13 @@ _KERNELS = ["-x", "c++", "-include", "cuda_on_host.h"]
 _COMPILER = os.environ.get("CXX") or "c++"
 
 
+@cache
+def recipe() -> ModuleType:
+    """csrc/recipe.py, which setup.py imports before there is a package."""
+    sys.path.append(str(CSRC))
+    return import_module("recipe")
+
+
 def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: Path | None = None) -> Path:
     """Compile the module into `folder`, with `kernels` in place of csrc/cuda.cu; returns its path.
 
@@ -40,17 +49,13 @@ def build(folder: Path, kernels: Path = CSRC / "cuda.cu", more: str = "", rest: 
     """
     import pybind11
 
-    # not a package: setup.py imports it before there is one
-    sys.path.append(str(CSRC))
-    from recipe import CUDA_TYPES
-
     folder.mkdir(parents=True, exist_ok=True)
     includes = [CSRC, TESTS, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*_FLAGS.split(), *more.split(), *(f"-I{path}" for path in includes)]
     defined = {"archs": '-DFUSEDLR_ARCHS=""', "sources": f"-DFUSEDLR_SOURCES={digest(CSRC)}"}
     objects = {
         f"{name}.o": [*_KERNELS, f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}", str(kernels)]
-        for name, type_ in CUDA_TYPES.items()
+        for name, type_ in recipe().CUDA_TYPES.items()
     }
     objects["on_host.o"] = [str(TESTS / "cuda_on_host.cpp")]
     objects["module.o"] = [defined["archs"], str(CSRC / "cuda_module.cpp")]
