@@ -210,12 +210,12 @@ def square_tile(g, first, left, factor, PARAMS: tl.constexpr, ALIGNED: tl.conste
 def place(chunk, tensors, grads):
     """The row of a chunk's tensor, its gradient's address, the chunk's first element and its size."""
     tensor = tl.load(chunk + TENSOR)
-    # -1 is the empty chunk of a group without elements; row 0 always exists
-    i = tl.maximum(tensor, 0)
-    row = tensors + i * TENSOR_COLUMNS
+    # -1 is the empty chunk of a group without elements: its row is not read, as the table may have none
+    exists = tensor >= 0
+    row = tensors + tensor * TENSOR_COLUMNS
     first = tl.load(chunk + INDEX).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(row + NUMEL) - first, CHUNK)
-    return row, tl.load(grads + i), first, tl.where(tensor < 0, 0, count)
+    count = tl.minimum(tl.load(row + NUMEL, mask=exists, other=0) - first, CHUNK)
+    return row, tl.load(grads + tensor, mask=exists, other=0), first, count
 
 
 @triton.jit
@@ -375,7 +375,10 @@ def step_kernel(
     if tl.load(alive) != now:
         if (first == 0) & (tl.program_id(0) == 0):
             stale = counters + 3 * groups
-            tl.store(stale, tl.load(stale) + 1)
+            before = tl.load(stale)
+            # every thread reads the counter, one writes it
+            tl.debug_barrier()
+            tl.store(stale, before + 1)
         return
     chunk = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
     group = tl.load(chunk + GROUP)
@@ -421,12 +424,14 @@ def count_step(tensors, ints, floats, counters, norms, found_inf, groups, count)
         _, _, skip = decide(row, floats + group * GROUP_FLOATS, norms, found_inf)
         inside = inside & (tl.load(row + ACTIVE) != 0)
         skipped = skip.to(tl.int64)
+        # lanes outside point at the counters of group 0, which its own lane writes: they must not read them
         ks = counters + group
-        tl.store(ks, tl.load(ks) + tl.load(row + ADVANCE) * (1 - skipped), mask=inside)
+        k = tl.load(ks, mask=inside, other=0)
+        tl.store(ks, k + tl.load(row + ADVANCE) * (1 - skipped), mask=inside)
         totals = ks + groups
-        tl.store(totals, tl.load(totals) + skipped, mask=inside)
+        tl.store(totals, tl.load(totals, mask=inside, other=0) + skipped, mask=inside)
         runs = totals + groups
-        tl.store(runs, (tl.load(runs) + 1) * skipped, mask=inside)
+        tl.store(runs, (tl.load(runs, mask=inside, other=0) + 1) * skipped, mask=inside)
         begin += LANES
     begin = 0
     while begin < count:
