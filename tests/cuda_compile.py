@@ -9,14 +9,18 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from cuda_host import CSRC, ROOT, recipe
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
 
 RECORD = ROOT / "bench/results/cuda_registers.json"
 # namespace in csrc/cuda.cu, also of its moments where they are not fp32
@@ -37,6 +41,13 @@ def _wide() -> dict[tuple[str, str], tuple[int, int]]:
 
 
 WIDE = _wide()
+
+
+@cache
+def recipe() -> ModuleType:
+    """csrc/recipe.py, which setup.py imports before there is a package."""
+    sys.path.append(str(CSRC))
+    return import_module("recipe")
 
 
 @cache
@@ -95,7 +106,7 @@ def _compile(name: str) -> dict[str, dict[str, Any]]:
         stack, stores, loads = map(
             int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", said)
         )
-        found[arch][_kernel(symbol)] |= {
+        found[arch][kernel_name(symbol)] |= {
             "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
             "stack": stack,
             "spilled": stores + loads,
@@ -103,7 +114,7 @@ def _compile(name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _kernel(symbol: str) -> str:
+def kernel_name(symbol: str) -> str:
     """A kernel's name in words: norm_kernel<N>, step_kernel<N, M, AMSGRAD>."""
     kind, n, rest = re.findall(r"(norm|step)_kernelILi(\d+)E(.*?)EEv", f"{symbol}")[0]
     size = "few" if int(n) < 1000 else "many"
@@ -118,7 +129,7 @@ def _instructions(entry: str) -> tuple[str, dict[str, Any]]:
     lines = (line.split("//")[0].strip() for line in entry.splitlines())
     code = [re.sub(r"^@!?%\w+\s+", "", line) for line in lines if line and not line.startswith(".")]
     names = [line.split()[0] for line in code]
-    return _kernel(entry.split("(")[0]), {
+    return kernel_name(entry.split("(")[0]), {
         "loads": len(_wide_accesses(code, "ld")),
         "stores": len(_wide_accesses(code, "st")),
         "local": sum(".local" in line for line in entry.splitlines()),

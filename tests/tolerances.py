@@ -88,6 +88,17 @@ TRITON_POWER_ULPS = 3
 # (measured 4e-7)
 GPU_STEP = 1.5e-6
 
+# what a step used, the rate, the norm and its coefficient, relative: the rate is off by up to 8 ulp, 9.5e-7
+GPU_USED = 1e-6
+# 16-bit parameters and moments: each step rounds once, and may round the other way where fp32 was nearly a
+# tie; so off by a unit per step, and by any in this share of the elements per step (measured: 1 %), or in two
+# of a few
+GPU_16_BIT_SHARE = 0.02
+# RMS error of fp32 elements against the fp64 oracle over the reference's own, beside half an ulp of the
+# largest: both round as often, the GPU also its scalars; a lost bit would double it (measured: 1.2)
+GPU_RMS_RATIO = 1.5
+GPU_RMS_FLOOR = 6e-8
+
 # --- CUDA
 
 # 1 - b**t for t of 1 to 1.6e7: an ulp of expm1, as CUDA documents, half of one each of what the rounding of

@@ -1,6 +1,7 @@
 """Compile the Triton kernels for a GPU that need not be here, and say what is in the assembly, as JSON.
 
-Run by test_triton_compile.py, once per version of Triton; by hand, from the root, to record the registers:
+Run by test_triton_compile.py, once per version of Triton, and by ptx/driver.py, for all variants' PTX; by
+hand, from the root, to record the registers:
 `PYTHONPATH=. python tests/triton_compile.py --record bench/results/triton_registers.json`.
 """
 
@@ -51,20 +52,22 @@ VARIANTS = {
 }
 
 
-def facts(variant: str, target_name: str) -> dict[str, Any]:
-    """What the assembly of one kernel for one GPU holds."""
-    name, params, moments, amsgrad = VARIANTS[variant]
-    target = TARGETS[target_name]
+def compiled(name: str, params: str, moments: str | None, amsgrad: bool | None, target: GPUTarget) -> Any:
+    """What Triton makes of one variant of a kernel, as a launch on this GPU would have it compiled."""
     kernel = getattr(_triton, f"{name}_kernel")
     constants: dict[str, Any] = {"PARAMS": tl.str_to_ty(params, None)}
     if name == "step":
         constants |= {"MOMENTS": tl.str_to_ty(moments, None), "AMSGRAD": amsgrad}
     signature = {arg: "constexpr" if arg in constants else _TYPES.get(arg, "i32") for arg in kernel.arg_names}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants),
-        target=target,
-        options=_triton.options(target, bool(amsgrad)),
-    )
+    source = ASTSource(kernel, signature, constexprs=constants)
+    return triton.compile(source, target=target, options=_triton.options(target, bool(amsgrad)))
+
+
+def facts(variant: str, target_name: str) -> dict[str, Any]:
+    """What the assembly of one kernel for one GPU holds."""
+    name, params, moments, amsgrad = VARIANTS[variant]
+    target = TARGETS[target_name]
+    asm = compiled(name, params, moments, amsgrad, target).asm
     elements = _triton.WIDE.value // _triton.THREADS
     p, m = (elements * _BYTES[dtype] / _WIDE_BYTES for dtype in (params, moments or params))
     tops = int(bool(amsgrad))
@@ -73,7 +76,7 @@ def facts(variant: str, target_name: str) -> dict[str, Any]:
         {"loads": 2 * p + (2 + tops) * m, "stores": p + (2 + tops) * m} if name == "step" else {"loads": p}
     )
     read = _nvidia if target.backend == "cuda" else _amd
-    return {"wanted": wanted, **read(compiled.asm)}
+    return {"wanted": wanted, **read(asm)}
 
 
 def _nvidia(asm: Any) -> dict[str, Any]:
@@ -144,13 +147,32 @@ def _before(code: list[str], ticket: str, barrier: str, access: str) -> str:
     return "nothing"
 
 
+def write_ptx(folder: Path, targets: list[str]) -> None:
+    """The PTX of every variant that a step can launch, and in launches.json what a launch needs to know."""
+    found = {}
+    for target in targets:
+        for params in _BYTES:
+            steps = [("step", params, m, a) for m in dict.fromkeys(("fp32", params)) for a in (False, True)]
+            for variant in (("norm", params, None, False), *steps):
+                made = compiled(*variant, TARGETS[target])
+                name = " ".join(map(str, (*variant, target)))
+                (folder / f"{name}.ptx").write_text(made.asm["ptx"])
+                threads = TARGETS[target].warp_size * made.metadata.num_warps
+                found[name] = {"shared": made.metadata.shared, "threads": threads}
+    (folder / "launches.json").write_text(json.dumps({"version": triton.__version__, "kernels": found}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--record", type=Path, help="write registers per thread into this file")
+    parser.add_argument("--ptx", type=Path, help="write the PTX of all variants into this folder instead")
     args = parser.parse_args()
+    if args.ptx is not None:
+        write_ptx(args.ptx, args.targets)
+        return
     found = {target: {variant: facts(variant, target) for variant in VARIANTS} for target in args.targets}
     if args.record is None:
         print(json.dumps({"version": triton.__version__, "targets": found}))

@@ -1,0 +1,186 @@
+"""The shared suite on the machine: runs a case, and compares all that it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cache
+
+import cases as suite
+import gpu_cases
+import harness
+import torch
+from gpu_cases import BF16, F16, F32
+from gpu_steps import MOMENTS
+from tolerances import GPU_16_BIT_SHARE, GPU_RMS_FLOOR, GPU_RMS_RATIO, GPU_STEP, GPU_USED
+from torch import Tensor
+
+from . import driver
+
+# steps of a case of the optimizer suite: past the first, whose rate is 0, and past the first skips
+_SUITE_STEPS = 4
+# tensors with fewer elements say nothing of an average
+_ENOUGH = 500
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the steps leave behind, in the order of the parameters; a moment that there is not is empty."""
+
+    params: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    max_exp_avg_sq: list[Tensor]
+    updates: list[float]  # of every tensor, -1 before the first
+    counts: Tensor
+    used: Tensor
+
+    @staticmethod
+    def of(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Outcome:
+        """Of an optimizer of these parameters."""
+        state = [optimizer.state.get(p, {}) for p in params]
+        moments = ([s[key].clone() if key in s else torch.empty(0) for s in state] for key in MOMENTS)
+        updates = [float(s["step"]) if "step" in s else -1.0 for s in state]
+        counters = driver.counters(optimizer)
+        return Outcome(
+            [p.detach().clone() for p in params],
+            *moments,
+            updates,
+            counters.counts.clone(),
+            counters.used.clone(),
+        )
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Parameters and moments, by name."""
+        return {name: getattr(self, name) for name in ("params", *MOMENTS)}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A case of the shared suite, whatever its kind; `run(backend, double)`."""
+
+    name: str
+    run: Callable[[str, bool], Outcome]
+    steps: int
+    large: bool = False
+    of_suite: bool = False  # of cases.py, not of gpu_cases.py
+
+
+def _of_suite(case: suite.Case, dtype: torch.dtype) -> Case:
+    short = replace(case, steps=min(case.steps, _SUITE_STEPS))
+
+    def run(backend: str, double: bool) -> Outcome:
+        made = harness.run(
+            short,
+            harness.fused(short, backend=backend),
+            dtype=torch.float64 if double else dtype,
+            start=dtype,
+        )
+        return Outcome.of(made.params, made.optimizer)
+
+    name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
+    return Case(name, run, short.steps, of_suite=True)
+
+
+def _of_gpu(name: str, case: gpu_cases.GpuCase) -> Case:
+    def run(backend: str, double: bool) -> Outcome:
+        return Outcome.of(*gpu_cases.run(case, backend, double))
+
+    return Case(name, run, case.steps, case.large)
+
+
+@cache
+def all_cases() -> dict[str, Case]:
+    """Every case there is, by its name."""
+    found = [_of_gpu(name, case) for name, case in gpu_cases.GPU_CASES.items()]
+    found += [_of_suite(case, F32) for case in suite.CASES]
+    found += [_of_suite(case, BF16) for case in suite.UNIFORM if case.grad_size(0) == 1]
+    return {case.name: case for case in found}
+
+
+@cache
+def expected(case: Case) -> tuple[Outcome, Outcome]:
+    """By the reference, in the case's own types and in fp64, where that says anything."""
+    theirs = case.run("reference", False)
+    return theirs, theirs if case.large else case.run("reference", True)
+
+
+def bits_differ(a: Outcome, b: Outcome) -> str | None:
+    """Where two outcomes are not the same bits, in words, or None."""
+
+    def bits(x: Tensor) -> Tensor:
+        return x.contiguous().view(-1).view(torch.uint8)
+
+    for name, tensors in a.tensors().items():
+        for i, (x, y) in enumerate(zip(tensors, getattr(b, name), strict=True)):
+            if not torch.equal(bits(x), bits(y)):
+                return f"the bits of {name}[{i}] depend on the order"
+    for field in fields(Outcome)[-2:]:
+        if not torch.equal(bits(getattr(a, field.name)), bits(getattr(b, field.name))):
+            return f"the bits of {field.name} depend on the order"
+    return None if a.updates == b.updates else "updates of tensors depend on the order"
+
+
+def leaves_reference(ours: Outcome, case: Case) -> str | None:
+    """What is further from the reference than rounding explains, in words, or None."""
+    theirs, oracle = expected(case)
+    if ours.updates != theirs.updates:
+        return f"updates {ours.updates[:9]} instead of {theirs.updates[:9]}"
+    if not torch.equal(ours.counts, theirs.counts):
+        return f"counts {ours.counts[:, :6].tolist()} instead of {theirs.counts[:, :6].tolist()}"
+    used, wanted = ours.used.double(), theirs.used.double()
+    if _nonfinite_differ(used, wanted):
+        return f"used {used[:, :6].tolist()} instead of {wanted[:, :6].tolist()}"
+    finite = wanted.isfinite()
+    off = ((used - wanted).abs() / wanted.abs().clamp(min=1e-30))[finite]
+    if off.numel() and off.max() > GPU_USED:
+        return f"used {used[:, :4].tolist()} instead of {wanted[:, :4].tolist()}"
+    for name, tensors in ours.tensors().items():
+        reference, exact = getattr(theirs, name), getattr(oracle, name)
+        # of all tensors of the kind: the elements of a small one may cancel
+        largest = max(
+            (float(y[y.isfinite()].abs().max()) for y in reference if y.isfinite().any()), default=0.0
+        )
+        for i, (x, y, z) in enumerate(zip(tensors, reference, exact, strict=True)):
+            if (why := _tensor_differs(x, y, z, case.steps, largest)) is not None:
+                return f"{name}[{i}] of {x.numel()} elements: {why}"
+    return None
+
+
+def _nonfinite_differ(x: Tensor, y: Tensor) -> bool:
+    return not torch.equal(
+        torch.where(x.isfinite(), 0, x).nan_to_num(7), torch.where(y.isfinite(), 0, y).nan_to_num(7)
+    )
+
+
+def _tensor_differs(x: Tensor, y: Tensor, exact: Tensor, steps: int, largest: float) -> str | None:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return f"{x.dtype}{tuple(x.shape)} instead of {y.dtype}{tuple(y.shape)}"
+    if _nonfinite_differ(x, y):
+        return "other elements are not finite"
+    kept = x.isfinite()
+    x64, y64, exact = x.double()[kept], y.double()[kept], exact.double()[kept]
+    if not x64.numel():
+        return None
+    apart = (x64 - y64).abs()
+    if x.dtype != F32:
+        units = apart / _unit(torch.maximum(x64.abs(), y64.abs()), x.dtype)
+        if units.max() > steps:
+            return f"off by {units.max():.3g} units"
+        share = (units > 0).double().mean()
+        return f"{share:.3g} of them differ" if share > GPU_16_BIT_SHARE * steps + 2 / x.numel() else None
+    worst = apart.max() / y64.abs().max().clamp(min=max(0.05 * largest, 1e-30))
+    if worst > GPU_STEP:
+        return f"off by {worst:.3g}"
+    if x64.numel() < _ENOUGH or not exact.isfinite().all():
+        return None
+    error, reference = ((a - exact).square().mean().sqrt() for a in (x64, y64))
+    too_much = error > GPU_RMS_RATIO * reference + GPU_RMS_FLOOR * exact.abs().max()
+    return f"RMS error {error:.3g} where the reference has {reference:.3g}" if too_much else None
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place of 16-bit numbers."""
+    bits, smallest = {BF16: (8, -133), F16: (11, -24)}[dtype]
+    exponent = torch.frexp(x).exponent - bits
+    return torch.ldexp(torch.ones_like(x), exponent.clamp(min=smallest))

@@ -1,0 +1,180 @@
+"""Faults planted in the compiled kernels, which the cases must show: else it says nothing that they pass.
+
+A fault is an edit of a kernel's PTX: what a compiler would have made of a source with that mistake. An edit
+that no longer applies is an error, so the list keeps up with the kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from . import driver
+
+# a kernel's PTX, before and after
+Change = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake in one kernel for one architecture, and the case that shows it."""
+
+    name: str
+    arch: int
+    case: str
+    edit: driver.Edit
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in which faults are planted: its name, the text that has it, and the cases that run it."""
+
+    name: str
+    text: str
+    case: str
+    tails: str
+    off_alignment: str  # by 8 bytes or fewer, where 16 are needed
+    symbol: str = r"\w+"  # among the kernels of the text
+
+
+_FP32 = "fp32", "fp32, tails", "fp32, gradients off by 8 bytes"
+_TOPS = "fp32, amsgrad", "fp32, amsgrad", "fp32, parameters off alignment"
+_BF16 = "bf16", "bf16, tails", "bf16, gradients off by 8 bytes"
+_SMALL = (
+    "bf16, 16-bit moments",
+    "bf16, 16-bit moments, tails",
+    "bf16, 16-bit moments, gradients off alignment",
+)
+KERNELS = {
+    "cuda": (
+        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelILi497E\w*"),
+        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelILi497E\w*"),
+        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelILi497EfLb0E\w*"),
+        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelILi497EfLb1E\w*"),
+        Kernel("step bf16, bf16 moments", "cuda bf16", *_SMALL, r"\w*step_kernelILi497E\w*BF16ELb0E\w*"),
+    ),
+    "triton": (
+        Kernel("norm fp32", "triton norm fp32 None False", *_FP32),
+        Kernel("norm bf16", "triton norm bf16 None False", *_BF16),
+        Kernel("step fp32", "triton step fp32 fp32 False", *_FP32),
+        Kernel("step fp32, amsgrad", "triton step fp32 fp32 True", *_TOPS),
+        Kernel("step bf16, bf16 moments", "triton step bf16 bf16 False", *_SMALL),
+    ),
+}
+
+_TICKET = r"\batom\.global[\w.]*"
+_BARRIER = r"\bbar\.sync\s+0;"
+_FENCE = r"membar\.gl;"
+# the first instruction of what looks whether addresses allow wide accesses; the update is behind it
+_ALIGNMENT = r"(and\.b64\s+%rd\d+, %rd\d+,) 15;"
+# a bound that is no constant
+_BOUND = r"setp\.(lt|le|gt|ge)(\.[su]\d\d\s+%p\d+, %rd?\d+, %rd?\d+;)"
+_OFF_BY_ONE = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
+
+
+class NotThereError(LookupError):
+    """What a fault is to be made of is not in the kernel."""
+
+
+def put(pattern: str, by: str | Callable[[re.Match[str]], str], nth: int = 0, after: str = "") -> Change:
+    """The n-th match of a pattern, counted from behind a place if one is given, replaced."""
+
+    def change(text: str) -> str:
+        start = 0
+        if after:
+            place = re.search(after, text)
+            if place is None:
+                raise NotThereError(after)
+            start = place.end()
+        found = list(re.finditer(pattern, text[start:]))
+        if not -len(found) <= nth < len(found):
+            raise NotThereError(pattern)
+        match = found[nth]
+        new = match.expand(by) if isinstance(by, str) else by(match)
+        return text[: start + match.start()] + new + text[start + match.end() :]
+
+    return change
+
+
+def _off_by_one(bound: re.Match[str]) -> str:
+    return f"setp.{_OFF_BY_ONE[bound[1]]}{bound[2]}"
+
+
+def _4_bytes_on(store: re.Match[str]) -> str:
+    return f"{store[1]}+{int(store[2] or 0) + 4}]"
+
+
+def _swapped(text: str) -> str:
+    """The first two counters of 64 bits that one lane writes behind the ticket change places."""
+    start = re.search(_TICKET, text).end()  # type: ignore[union-attr]
+    stores = list(re.finditer(r"(@%p\d+ )?st\.global\.[ub]64\s+\[\s*(%rd\d+)", text[start:]))
+    own = [store for store in stores if store[1] == stores[0][1]]
+    (a, b), tail = own[:2], text[start:]
+    tail = tail[: a.start(2)] + b[2] + tail[a.end(2) : b.start(2)] + a[2] + tail[b.end(2) :]
+    return text[:start] + tail
+
+
+def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, str, Change]]:
+    """What goes wrong, the case that shows it, and the change of the kernel's text."""
+    # barriers that nothing stands between are one
+    groups = len(re.findall(rf"(?:{_BARRIER}\s*(?://.*\s*|\$L__tmp\d+:\s*|\.loc.*\s*)*)+", text))
+    group = rf"(?:{_BARRIER}\s*(?://.*\s*|\$L__tmp\d+:\s*|\.loc.*\s*)*)+"
+    for n in range(groups):
+        yield f"barrier {n + 1} of {groups} left out", kernel.case, put(group, "\n", n)
+    if backend == "cuda":
+        yield "no fence before the ticket", kernel.case, put(_FENCE, "")
+        yield "no fence behind the last ticket", kernel.case, put(_FENCE, "", 1)
+        yield "a fence of the block's scope", kernel.case, put(_FENCE, "membar.cta;")
+        yield "a ticket of the block's scope", kernel.case, put(r"atom\.global\.add", "atom.global.cta.add")
+    else:
+        for weaker in ("gpu.relaxed", "gpu.acquire", "gpu.release", "cta.acq_rel"):
+            name = f"a ticket that is {weaker} instead of gpu.acq_rel"
+            yield name, kernel.case, put(r"atom\.global\.gpu\.acq_rel", f"atom.global.{weaker}")
+    yield (
+        "the ticket is not handed back",
+        kernel.case,
+        put(r"(@%p\d+\s+)?st\.global\.[ub]32\s[^;]*;", "", 0, _TICKET),
+    )
+    one_less = put(r"(add\.s32\s+%r\d+, %r\d+,) -1;", r"\1 -2;", 0, _TICKET)
+    yield "one block too few is waited for", kernel.case, one_less
+    yield "8 bytes are taken for aligned", kernel.off_alignment, put(_ALIGNMENT, r"\1 7;")
+    bounds = len(re.findall(_BOUND, text))
+    for n in range(bounds):
+        yield f"bound {n + 1} of {bounds} off by one", kernel.tails, put(_BOUND, _off_by_one, n)
+    if kernel.name.startswith("norm"):
+        yield "no root of the sum", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32")
+        return
+    yield "counters change places", "skips", _swapped
+    yield "a root left out of the update", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32", 0, _ALIGNMENT)
+    yield "a quotient made a product", kernel.case, put(r"div\.rn\.f32", "mul.rn.f32", 0, _ALIGNMENT)
+    wide = r"(st(?:\.global)?\.v\d\.\w+\s+\[\s*%rd\d+)(?:\s*\+\s*(-?\d+))?\s*\]"
+    yield "a wide store 4 bytes off", kernel.case, put(wide, _4_bytes_on, 0, _ALIGNMENT)
+
+
+def _inside(text: str, symbol: str) -> tuple[int, int]:
+    """Where a kernel begins and ends in a text of several."""
+    found = re.search(rf"\.entry\s+{symbol}\(", text)
+    if found is None:
+        raise NotThereError(symbol)
+    end = text.find(".entry", found.end())
+    return found.start(), end if end > 0 else len(text)
+
+
+def planted(texts: Callable[[int], driver.Texts], backend: str) -> Iterator[Fault]:
+    """All faults in the kernels of a backend, for one architecture and the other in turn."""
+    for kernel in KERNELS[backend]:
+        for i, arch in enumerate(driver.ARCHS):
+            text = texts(arch)[kernel.text]
+            begin, end = _inside(text, kernel.symbol)
+            own = text[begin:end]
+            for name, case, change in list(_changes(backend, kernel, own))[i :: len(driver.ARCHS)]:
+                try:
+                    wrong = text[:begin] + change(own) + text[end:]
+                except NotThereError as error:
+                    raise NotThereError(f"{kernel.name}, sm_{arch}: {name}: no {error}") from None
+
+                def edit(name: str, text: str, put: str = wrong, where: str = kernel.text) -> str:
+                    return put if name == where else text
+
+                yield Fault(f"{kernel.name}, sm_{arch}: {name}", arch, case, edit)
