@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import cuda_host
 import parallel
 import pytest
 import torch
 from harness import backends_on
+from ptx import driver
 
 # model hubs must not be asked for anything: tests run without a network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,7 +40,8 @@ collect_ignore = ["triton_compile.py", "triton_math_kernels.py"]
 
 def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available() and not _INTERPRETED:
-        cuda_host.install()
+        # before other processes start, which would each wait for the compilers
+        driver.installed()
     # that nothing faster than the reference is built here is no failure of a test
     config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
     parallel.share_threads(config)
@@ -66,12 +67,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test with the arguments `device` and `backend` on all that can run here."""
+    """Run a test with `device` and `backend` on all that can run here, one with `gpu_backend` on the CPU."""
     if {"device", "backend"} <= set(metafunc.fixturenames):
         pairs = [("cpu", name) for name in backends_on("cpu")]
         if torch.cuda.is_available():
             pairs += [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in backends_on("cuda")]
         metafunc.parametrize(("device", "backend"), pairs)
+    if "gpu_backend" in metafunc.fixturenames:
+        here = backends_on("cpu")
+        skips = [
+            pytest.mark.skipif(name not in here, reason=f"no {name} on this CPU") for name in driver.BACKENDS
+        ]
+        names = [pytest.param(name, marks=mark) for name, mark in zip(driver.BACKENDS, skips, strict=True)]
+        metafunc.parametrize("gpu_backend", names)
 
 
 @pytest.fixture(autouse=True)

@@ -1,41 +1,48 @@
-"""The schedule and the bias corrections of the CUDA kernels on the host, for many steps at once."""
+"""The schedule and bias corrections as nvcc compiles them, for many steps at once, on the machine of ptx/."""
 
 from __future__ import annotations
 
-import ctypes
+import shlex
 import shutil
+import struct
 from pathlib import Path
 
-import cuda_host
 import numpy as np
+from cuda_compile import CSRC, recipe
 from numpy.typing import NDArray
+from ptx import build, driver
 
 from fusedlr import Schedule
 from fusedlr.tables import GROUP_FLOATS, GROUP_INTS, PHASE_FLOATS, log, pack_phases, split
 
+# where csrc/cuda.cu goes on to what threads do with a chunk
+_END = "// --- one chunk"
+_ARCH, _THREADS = 90, 128
+
 
 class Spelling:
-    """`csrc/cuda.cu` with the headers, or edits of them: file -> what it says, what the wrong one says.
+    """`csrc/cuda.cu` with the headers, or an edit of them: file, what it says, what the wrong one says.
 
-    `round_sine`: as a GPU computes it, with a sine rounded to nearest (0), down (-1) or up (1).
+    `approx`: what instructions return whose last bits PTX leaves open, see machine/state.h.
     """
 
-    def __init__(
-        self, folder: Path, edit: tuple[str, str, str] | None = None, round_sine: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, edit: tuple[str, str, str] | None = None) -> None:
         sources = folder / "csrc"
-        shutil.copytree(cuda_host.CSRC, sources)
-        edits = [edit] if edit else []
-        if round_sine is not None:
-            edits.append(("schedule.h", "#ifdef __CUDA_ARCH__", "#ifdef ROUND_SINE"))
-        for name, right, wrong in edits:
+        shutil.copytree(CSRC, sources)
+        if edit is not None:
+            name, right, wrong = edit
             text = (sources / name).read_text()
             assert text.count(right) == 1, f"does not apply: {text.count(right)} times {right!r}"
             (sources / name).write_text(text.replace(right, wrong))
-        defined = [f'-DKERNELS="{sources / "cuda.cu"}"', "-DFUSEDLR_TYPE=float", "-DFUSEDLR_NAME=f32"]
-        defined += [] if round_sine is None else [f"-DROUND_SINE={round_sine}"]
-        path = cuda_host.library(folder, cuda_host.TESTS / "cuda_spelling.cpp", defined)
-        self._functions = ctypes.CDLL(str(path))
+        kernels, end, _ = (sources / "cuda.cu").read_text().partition(_END)
+        assert end, f"{_END!r} is not in cuda.cu"
+        own = Path(__file__).with_suffix(".cu").read_text()
+        (sources / "spelling.cu").write_text(kernels + own)
+        flags = [*recipe().NVCC_FLAGS.split(), f"-arch=compute_{_ARCH}", "-DFUSEDLR_TYPE=float"]
+        command = [*shlex.split(recipe().nvcc()), *flags, "-DFUSEDLR_NAME=f32", "-ptx", "spelling.cu"]
+        build.run([*command, "-o", "spelling.ptx"], sources)
+        self._text = (sources / "spelling.ptx").read_text()
+        self.approx = 0
 
     def lr_at(self, schedule: Schedule, k: NDArray[np.int64], peak: float) -> NDArray[np.float32]:
         """Rates of many steps."""
@@ -44,8 +51,8 @@ class Spelling:
         phases = len(phase_floats) // len(PHASE_FLOATS)
         ints = np.array(_row(GROUP_INTS, last_phase=phases) + phase_ints, np.int64)
         floats = _row(GROUP_FLOATS, rate=peak) + phase_floats + [np.nan] * 3 + list(schedule.table)
-        k, lr = np.ascontiguousarray(k), np.empty(len(k), np.float32)
-        self._call("lr_of_steps", ints, np.array(floats, np.float32), phases, k, lr)
+        lr = np.empty(len(k), np.float32)
+        self._launch("lr_of_steps", ints, np.array(floats, np.float32), phases, np.ascontiguousarray(k), lr)
         return lr
 
     def corrections(self, beta: float, updates: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
@@ -53,15 +60,20 @@ class Spelling:
         high, low = split(log(beta))
         row = _row(GROUP_FLOATS, log_b1_hi=high, log_b1_lo=low, log_b2_hi=high, log_b2_lo=low)
         bc1, root_bc2 = np.empty_like(updates), np.empty_like(updates)
-        self._call("corrections", np.array(row, np.float32), updates, bc1, root_bc2)
+        self._launch("corrections", np.array(row, np.float32), updates, bc1, root_bc2)
         return bc1, root_bc2
 
-    def _call(self, name: str, *arguments: NDArray | int) -> None:
-        """A function of these, the last of which has as many elements as the function is to compute."""
-        given = [x if isinstance(x, int) else ctypes.c_void_p(x.ctypes.data) for x in arguments]
-        function = getattr(self._functions, name)
-        function.restype = None
-        function(*given, ctypes.c_int64(len(arguments[-1])))  # type: ignore[arg-type]
+    def _launch(self, name: str, *arguments: NDArray | int) -> None:
+        """A kernel of these and of how many elements the last of them has, all of 8 bytes."""
+        machine = driver.installed().machine
+        # modules share the names of these kernels
+        machine.activate(self._text)
+        machine.order("straight", approx=self.approx, races=False)
+        last = arguments[-1]
+        assert isinstance(last, np.ndarray)
+        numbers = [x if isinstance(x, int) else x.ctypes.data for x in (*arguments, len(last))]
+        machine.launch(name, -(-len(last) // _THREADS), _THREADS, struct.pack(f"<{len(numbers)}q", *numbers))
+        machine.order("straight", races=False)
 
 
 def _row(columns: tuple[str, ...], **values: float) -> list[float]:

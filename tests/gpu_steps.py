@@ -1,30 +1,23 @@
 """Runs of a GPU backend and of the reference side by side, and how far they are apart.
 
-BACKEND is the one that this process has on the CPU: Triton where its interpreter is on, else the CUDA kernels
-as cuda_host.py compiles them.
+On the CPU the kernels' PTX runs on the machine of ptx/: a test with the argument `gpu_backend` runs once for
+each backend that can be compiled here.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
-import cuda_host
 import pytest
 import torch
-from harness import backends_on, relative_difference
+from harness import relative_difference
+from ptx import driver
 from tolerances import GPU_STEP
 from torch import Tensor, nn
 
 import fusedlr
-from fusedlr import triton_step
-
-BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-needs_backend = pytest.mark.skipif(
-    BACKEND not in backends_on("cpu"), reason=f"{BACKEND} does not run on this CPU"
-)
 
 SCHEDULE = fusedlr.cosine(warmup_steps=2, total_steps=12, min_lr_ratio=0.1)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -92,37 +85,16 @@ def _difference(a: list[Tensor], b: list[Tensor]) -> float:
     return relative_difference(*finite)
 
 
-def both(make: Callable[[], list[dict[str, Any]]], **options: Any) -> fusedlr.FusedAdamW:
-    ours = train(BACKEND, make, **options)
-    assert ours.backend == BACKEND
+def both(gpu_backend: str, make: Callable[[], list[dict[str, Any]]], **options: Any) -> fusedlr.FusedAdamW:
+    ours = train(gpu_backend, make, **options)
+    assert ours.backend == gpu_backend
     compare(ours, train("reference", make, **options))
     return ours
 
 
-def count_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many launches there have been from now on, each time it is called."""
-    if BACKEND == "cuda":
-        so_far = cuda_host.functions().on_host_launches
-        before = so_far()
-        return lambda: so_far() - before
-    calls = count_calls(monkeypatch, triton_step.Launcher, "_run")
-    return lambda: len(calls)
-
-
-def fail_after(launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the launch after so many of them fail, once."""
-    if BACKEND == "cuda":
-        cuda_host.functions().on_host_fail_after(launches)
-        return
-    run, calls = triton_step.Launcher._run, []
-
-    def failing(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == launches + 1:
-            raise RuntimeError("this launch is to fail")
-        run(*args)
-
-    monkeypatch.setattr(triton_step.Launcher, "_run", failing)
+def launched() -> int:
+    """How many launches there have been in this process."""
+    return driver.installed().machine.stats().launches
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 # files of such tests; those with the same parameters do share
 _APART = ("test_build.py", "test_triton_compile.py", "test_triton_interpreter.py")
 # half a minute and more, though none of their tests is marked `slow`
-_LONG = ("test_bench.py", "test_cuda_order.py", "test_trajectory.py")
+_LONG = ("test_bench.py", "test_cuda_schedule.py", "test_trajectory.py")
 
 
 def scope(nodeid: str) -> str:

@@ -1,6 +1,6 @@
-"""What is the CUDA backend's alone, on the host: its tables, how gradients' addresses travel, its refusals.
+"""What is the CUDA backend's alone: its tables, how gradients' addresses travel, its refusals.
 
-tests/test_gpu_step.py has what a step does, tests/test_cuda_order.py that the order of threads is no matter.
+tests/test_gpu_step.py has what a step does, `make ptx` that the order of threads is no matter.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_steps import BACKEND, MOMENTS, all_params, both, count_calls, counts, needs_backend, params, train
-from harness import relative_difference
+from gpu_steps import MOMENTS, all_params, both, count_calls, counts, params, train
+from harness import backends_on, relative_difference
 from tolerances import GPU_STEP
 from torch import Tensor
 
 import fusedlr
 from fusedlr import compiled, cuda_step, staging, tables
 
-pytestmark = [needs_backend, pytest.mark.skipif(BACKEND != "cuda", reason="for the CUDA backend")]
+pytestmark = pytest.mark.skipif("cuda" not in backends_on("cpu"), reason="no cuda on this CPU")
 
 # what 4 KB of a launch's parameters hold, (4096 - 120) / 8: for more, a launch is of the larger size
 FEW = 497
@@ -80,7 +80,9 @@ def test_addresses_in_a_table_are_uploaded_when_they_change(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled.cuda, "most_gradients", 2)
-    ours = both(lambda: [{"params": [*params(5, 4100), *params(3, dtype=torch.float16)]}], max_grad_norm=None)
+    ours = both(
+        "cuda", lambda: [{"params": [*params(5, 4100), *params(3, dtype=torch.float16)]}], max_grad_norm=None
+    )
     assert set(calls) == {"step_with_table"}
     uploads = count_calls(monkeypatch, staging.Table, "_upload")
     ours.step()

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import cuda_host
 import pytest
 import torch
 from gpu_steps import all_params, compare, params, train
+from harness import backends_on
 from test_gpu_graph import Graph, capture, stale, weights
 
-from fusedlr import backends, compiled, cuda_step
-
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.skipif(
+    not {"cuda", "triton"} <= set(backends_on("cpu")), reason="not both GPU backends can be compiled here"
+)
 __all__ = ["capture"]
-
-
-@pytest.fixture(autouse=True)
-def both_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CUDA kernels next to Triton's interpreter."""
-    if cuda_host.why_not() is not None:
-        pytest.skip(str(cuda_host.why_not()))
-    monkeypatch.setattr(compiled, "cuda", cuda_host.load(cuda_host.installed()))
-    monkeypatch.setattr(compiled, "cuda_error", None)
-    cuda_step._not_here.cache_clear()
-    assert backends.reasons([torch.device("cpu")])["cuda"] is None
-    yield
-    cuda_step._not_here.cache_clear()
 
 
 def make() -> list[dict[str, Any]]:

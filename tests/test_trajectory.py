@@ -79,7 +79,7 @@ def test_16_bit_moments_are_those_of_torch_fused(dtype: torch.dtype, device: str
 def test_fp32_moments_are_closer_to_the_oracle_than_torch(
     dtype: torch.dtype, device: str, backend: str
 ) -> None:
-    # all of its steps, whoever runs them: in the interpreter, a minute
+    # all of its steps, whoever runs them
     totals = errors(FALLING, dtype, device, backend)
     assert (totals[0] / totals[1]) ** 0.5 < MOMENTS_RATIO
 
