@@ -8,13 +8,13 @@ PYTHONS ?= $(PYTHON)
 TORCHES ?= own
 JOBS ?= 2
 RUN := .venv/bin/python
-CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp tests/*.h)
+CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp tests/*.cu tests/ptx/machine/*)
 
 # idle OpenMP threads that spin take the cores from whoever has work
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help demo test lint bench wheel smoke gpu format docs clean env-gpu env-demo env-dev env-docs
+.PHONY: help demo test ptx lint bench wheel smoke gpu format docs clean env-gpu env-demo env-dev env-docs
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -24,6 +24,9 @@ demo: env-demo  ## fine-tune a small model and compare with stock AdamW and sche
 
 test: env-dev  ## all tests that this machine can run
 	$(RUN) -m pytest -n $(JOBS) $(ARGS)
+
+ptx: env-dev  ## the GPU kernels' PTX on the CPU: numbers, bounds, races; ARGS=--help, see tests/ptx/README.md
+	PYTHONPATH=tests $(RUN) -m ptx $(ARGS)
 
 lint: env-dev  ## ruff, mypy, clang-format: check only
 	$(RUN) -m ruff check
