@@ -10,7 +10,8 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusedlr.console import add_device, device, number, writable
+from fusedlr.arguments import number
+from fusedlr.console import add_device, device, writable
 
 from .shapes import DEFAULT, INVENTORIES, MODELS, RANKS, Inventory
 

@@ -1,5 +1,6 @@
-// The learning rate schedule for C++ and CUDA: fusedlr/schedule.py under the same names, its only spelling
-// here. R is double, or float where a device has no fast double; steps are int64 and reduced as integers.
+// The learning rate schedule for C++ and CUDA: fusedlr/schedule/phases.py under the same names, its only
+// spelling here. R is double, or float where a device has no fast double; steps are int64 and reduced as
+// integers.
 #pragma once
 
 #include <cmath>
@@ -14,7 +15,7 @@
 
 namespace fusedlr {
 
-// the order of SHAPES in fusedlr/schedule.py
+// the order of SHAPES in fusedlr/schedule/phases.py
 enum Shape : int64_t {
     kConstant,
     kLinear,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fusedlr
-from fusedlr import curves
+from fusedlr.schedule import curves
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 # one run for all pictures, so that they can be compared: a tenth of it is warm-up

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusedlr import lora as lora
     from fusedlr.backends import FallbackWarning as FallbackWarning
-    from fusedlr.convert import from_hf as from_hf
-    from fusedlr.convert import from_torch as from_torch
     from fusedlr.optimizer import FusedAdamW as FusedAdamW
     from fusedlr.schedule import Phase as Phase
     from fusedlr.schedule import Schedule as Schedule
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from fusedlr.schedule import cosine_warmup_with_min_lr as cosine_warmup_with_min_lr
     from fusedlr.schedule import cosine_with_min_lr as cosine_with_min_lr
     from fusedlr.schedule import cosine_with_restarts as cosine_with_restarts
+    from fusedlr.schedule import from_hf as from_hf
+    from fusedlr.schedule import from_torch as from_torch
     from fusedlr.schedule import inverse_sqrt as inverse_sqrt
     from fusedlr.schedule import linear as linear
     from fusedlr.schedule import polynomial as polynomial
@@ -42,8 +42,8 @@ _PUBLIC = {
     "cosine_warmup_with_min_lr": "schedule",
     "cosine_with_min_lr": "schedule",
     "cosine_with_restarts": "schedule",
-    "from_hf": "convert",
-    "from_torch": "convert",
+    "from_hf": "schedule",
+    "from_torch": "schedule",
     "inverse_sqrt": "schedule",
     "linear": "schedule",
     "lora": "",

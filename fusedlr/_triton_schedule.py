@@ -1,4 +1,4 @@
-"""The learning rate schedule in Triton: fusedlr/schedule.py under the same names, its only spelling here.
+"""The learning rate schedule in Triton: fusedlr/schedule/phases.py under the same names, spelled only here.
 
 fp32 with steps reduced as int64 (csrc/schedule.h with R = float is the same); the kernels call `lr_at` once
 per program. A schedule is read from device memory in the layout of fusedlr/tables.py.

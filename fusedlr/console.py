@@ -1,7 +1,6 @@
-"""What the commands share: a parser, types of arguments, a check of folders, text in columns."""
+"""What the commands share: a parser, the choice of a device, a check of folders, text in columns."""
 
 import argparse
-import math
 from pathlib import Path
 
 
@@ -11,23 +10,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """End the program; `message` names the argument."""
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite `kind` from `low` (exclusive if `above`) to `high`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            limit = f"above {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {limit} and at most {high:g}")
-        return value
-
-    return parse
 
 
 def add_device(parser: argparse.ArgumentParser, what: str) -> None:
@@ -60,7 +42,7 @@ def writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
     if not folder.is_dir():
         parser.error(f"argument {option}: {folder} is not a folder")
     try:
-        # tried, because permissions say nothing of a full or read-only disk
+        # a folder is made, because permissions say nothing of a full or read-only disk
         with temporary_folder(folder):
             pass
     except OSError as error:

@@ -13,9 +13,8 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback
 
-from fusedlr.convert import from_hf, knows_hf
 from fusedlr.optimizer import FusedAdamW
-from fusedlr.schedule import Schedule
+from fusedlr.schedule import Schedule, from_hf, knows_hf
 from fusedlr.warn import warn
 
 # oldest and newest transformers that the tests of this module have passed with

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
+
+from fusedlr import arguments
 
 # PEFT's names: lora_A and lora_B of linear and convolution layers, lora_embedding_A and _B of embeddings
 _A_NAMES = ("lora_A", "lora_embedding_A")
@@ -44,11 +44,9 @@ def param_groups(
     >>> [(g["name"], g["lr"]) for g in param_groups(layer, lr=1e-4, b_lr_ratio=16)]
     [('lora_A', 0.0001), ('lora_B', 0.0016)]
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value!r} must be a finite number >= 0")
-    if not (isinstance(b_lr_ratio, Real) and math.isfinite(b_lr_ratio) and b_lr_ratio > 0):
-        raise ValueError(f"b_lr_ratio={b_lr_ratio!r} must be a finite number above 0")
+    arguments.plain_number("lr", lr)
+    arguments.plain_number("weight_decay", weight_decay)
+    arguments.plain_number("b_lr_ratio", b_lr_ratio, above_zero=True)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     looked_for = f"looked for trainable parameters named {', '.join((*_A_NAMES, *_B_NAMES))}"
     if not trainable:

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from fusedlr import backends, checkpoint, checks
+from fusedlr import arguments, backends, checkpoint
 from fusedlr.eager import eager
 from fusedlr.groups import Notes, ParamGroup, set_quietly
 from fusedlr.mirror import Mirror
 from fusedlr.plan import Plan, trainable
 from fusedlr.reference import Counters, GroupStep, Signals
-from fusedlr.schedule import Schedule
+from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
 from fusedlr.warn import warn
 
@@ -123,13 +123,13 @@ class FusedAdamW(Optimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable=True is not supported: the step writes in place")
-        checks.choice("nonfinite", nonfinite, (None, "skip", "propagate"))
-        checks.choice("groups", groups, ("joint", "independent"))
-        checks.choice("state_dtype", state_dtype, (None, "param"))
-        checks.schedule(schedule)
+        arguments.choice("nonfinite", nonfinite, (None, "skip", "propagate"))
+        arguments.choice("groups", groups, ("joint", "independent"))
+        arguments.choice("state_dtype", state_dtype, (None, "param"))
+        check_schedule(schedule)
         self._settings: dict[str, Any] = {
             "schedule": schedule,
-            "max_grad_norm": checks.max_grad_norm(max_grad_norm),
+            "max_grad_norm": arguments.max_grad_norm(max_grad_norm),
             "nonfinite": nonfinite,
             "groups": groups,
             "amp_scaling": bool(amp_scaling),
@@ -139,7 +139,7 @@ class FusedAdamW(Optimizer):
         self._notes = Notes()
         defaults = {
             "lr": lr,
-            "betas": checks.betas(betas),
+            "betas": arguments.betas(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -150,7 +150,7 @@ class FusedAdamW(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        checks.hyperparameters(defaults)
+        arguments.hyperparameters(defaults)
         super().__init__(params, defaults)
         self._start(k=[0] * len(self.param_groups))
         self._backend(warn=False)
@@ -261,7 +261,9 @@ class FusedAdamW(Optimizer):
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         signals = _NO_SIGNALS
         if scale is not None or inf is not None:
-            signals = Signals(checks.one_element("grad_scale", scale), checks.one_element("found_inf", inf))
+            signals = Signals(
+                arguments.one_element("grad_scale", scale), arguments.one_element("found_inf", inf)
+            )
         prepared = self._prepared
         try:
             if prepared is None or not self._holds(prepared):
@@ -344,7 +346,7 @@ class FusedAdamW(Optimizer):
             rows=[],
             lr=lr,
             peak=float(group["initial_lr"]) if driven else math.nan,
-            betas=checks.betas(group["betas"]),
+            betas=arguments.betas(group["betas"]),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             amsgrad=group["amsgrad"],
@@ -440,17 +442,17 @@ class FusedAdamW(Optimizer):
         group.pop("k", None), group.pop("k_at_step", None)
         if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
-            checks.duplicates(group["params"])
-        checks.hyperparameters({**self.defaults, **group})
+            arguments.duplicates(group["params"])
+        arguments.hyperparameters({**self.defaults, **group})
         if "betas" in group:
-            group["betas"] = checks.betas(group["betas"])
+            group["betas"] = arguments.betas(group["betas"])
         if "max_grad_norm" in group:
             if self._joint:
                 raise ValueError(
                     f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
                     "joint groups share one norm"
                 )
-            checks.max_grad_norm(group["max_grad_norm"])
+            arguments.max_grad_norm(group["max_grad_norm"])
         self._resolve_schedule(group)
         super().add_param_group(group)
         self.param_groups[-1] = ParamGroup(group, self._notes)
@@ -466,7 +468,7 @@ class FusedAdamW(Optimizer):
         schedule = group.get("schedule", self._settings["schedule"])
         if isinstance(schedule, (list, tuple)):
             schedule = Schedule.from_numbers(schedule)
-        checks.schedule(schedule)
+        check_schedule(schedule)
         if schedule is None:
             return
         lr = group.get("lr", self.defaults["lr"])
@@ -491,7 +493,7 @@ class FusedAdamW(Optimizer):
             ValueError: a group's lr is a tensor, or an absolute level is above the optimizer's `lr`.
         """
         # None, which is allowed where a schedule is optional, is no schedule here
-        checks.schedule(schedule if schedule is not None else "None")
+        check_schedule(schedule if schedule is not None else "None")
         self._adopt_groups()
         peaks = [group.get("initial_lr", group["lr"]) for group in self.param_groups]
         for peak in (*peaks, self.defaults["lr"]):
@@ -588,7 +590,7 @@ class FusedAdamW(Optimizer):
         for group in self.param_groups:
             # a schedule assigned to a running group is resolved as one given at the start
             if group.get("schedule") is not None:
-                checks.schedule(group["schedule"])
+                check_schedule(group["schedule"])
                 set_quietly(group, "schedule", group["schedule"].resolve(self.defaults["lr"]))
                 if "initial_lr" not in group:
                     set_quietly(group, "initial_lr", float(group["lr"]))
@@ -804,7 +806,7 @@ class FusedAdamW(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._settings["max_grad_norm"] = checks.max_grad_norm(value)
+        self._settings["max_grad_norm"] = arguments.max_grad_norm(value)
         self._notes.changed = True
 
     @property

@@ -14,14 +14,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fusedlr import curves, spec
-from fusedlr.console import number, writable
-from fusedlr.schedule import Schedule
+from fusedlr.arguments import number
+from fusedlr.console import writable
+from fusedlr.schedule import Schedule, curves, spec
 
 FORMATS = (".png", ".svg")
-# a terminal wider than this makes curves flat
+# curves wider than this look flat
 WIDEST = 100  # columns
-# the run of the README
+# the length of the run in the README
 TOTAL_STEPS = 4000
 WARMUP = 0.05  # of the run, the least that fine-tuning guides agree on
 DECAY = 0.1  # of the run, for schedules whose decay has a length of its own
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Draw what was asked for; returns the exit code."""
     schedules = _schedules(args, parser)
-    # absolute levels are shares of a peak of 1 where none is given
+    # without --peak, rates are shares of the peak, and absolute levels are taken as shares too
     peak = 1.0 if args.peak is None else args.peak
     try:
         for schedule in schedules.values():
@@ -160,18 +160,18 @@ def _defaults(args: argparse.Namespace, one: spec.Spec) -> dict[str, Any]:
         "decay_steps": args.decay_steps or max(1, round(DECAY * total)),
     }
     if "min_lr" in one.given:
-        # the two exclude each other
+        # min_lr excludes min_lr_ratio
         pass
     elif args.min_lr_ratio is not None:
         values["min_lr_ratio"] = args.min_lr_ratio
     elif one.name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         values["min_lr_ratio"] = FLOOR
     if "stable_steps" in one.given and args.total_steps is None:
-        # the run is the sum of its phases, and warm-up has no other run to be a share of
+        # the length of the run follows from its phases, so a share of warm-up is resolved here
         del values["total_steps"]
         values["warmup_steps"] = math.ceil(total * warmup) if warmup < 1 else int(warmup)
     if one.name == "table":
-        # the values say how many there are
+        # a table's values say how long the run is
         del values["total_steps"]
     return values
 

@@ -21,6 +21,9 @@ class ScheduleView(LRScheduler):
     once per process, before or after `optimizer.step()`. All state is the optimizer's.
     """
 
+    # `fusedlr.from_torch` knows this class by this attribute
+    is_fusedlr_view = True
+
     def __init__(self, optimizer: FusedAdamW) -> None:
         # not LRScheduler.__init__: it would wrap optimizer.step and write group["lr"]
         self.optimizer: FusedAdamW = optimizer

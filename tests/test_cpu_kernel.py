@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import schedule_parity
 import torch
 from cases import EDGES
 from harness import relative_difference
-from schedule_zoo import ZOO
+from schedule import schedule_parity
+from schedule.schedule_zoo import ZOO
 from torch import Tensor
 
 import fusedlr

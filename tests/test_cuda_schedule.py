@@ -13,10 +13,10 @@ from pathlib import Path
 import cuda_compile
 import numpy as np
 import pytest
-import schedule_parity
 from cuda_spelling import Spelling
 from numpy.typing import NDArray
-from schedule_zoo import ZOO
+from schedule import schedule_parity
+from schedule.schedule_zoo import ZOO
 from tolerances import CUDA_BIAS_ULPS, CUDA_ROOT_BIAS_ULPS
 
 pytestmark = pytest.mark.skipif(cuda_compile.why_not() is not None, reason=str(cuda_compile.why_not()))

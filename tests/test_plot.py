@@ -9,10 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from schedule_zoo import PEAK, ZOO
+from schedule.schedule_zoo import PEAK, ZOO
 
 import fusedlr
-from fusedlr import cli, curves, spec
+from fusedlr import cli
+from fusedlr.schedule import curves, spec
 
 CALLS = {
     "cosine": {"total_steps": 100},

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import schedule_parity
-from schedule_zoo import PEAK, ZOO
+from schedule import schedule_parity
+from schedule.schedule_zoo import PEAK, ZOO
 from triton_spelling import Spelling
 from wrong import triton_schedules as wrong
 

@@ -123,7 +123,7 @@ def count(parameters: int) -> str:
 
 def schedules() -> str:
     """What the first, highest and last update get, of every constructor."""
-    from fusedlr import spec
+    from fusedlr.schedule import spec
 
     options = {
         "warmup_steps": WARMUP,

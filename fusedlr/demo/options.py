@@ -7,7 +7,8 @@ import argparse
 import os
 from pathlib import Path
 
-from fusedlr.console import add_device, device, number, writable
+from fusedlr.arguments import number
+from fusedlr.console import add_device, device, writable
 from fusedlr.demo.settings import SIZES, Settings
 
 # the names transformers gives its schedules, less the two that follow a metric instead of a step count

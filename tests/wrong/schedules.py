@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import types
 
-import schedule_numpy
+from schedule import schedule_numpy
 
 _FALLS = "(phase.from_ > phase.to)"
 _W0 = "w0 = np.sin(HALF_PI * angle(phase, e, n, remaining=True)) ** 2"

@@ -68,7 +68,7 @@ def angle(phase: Phase, e: NDArray[np.int64], n: int, remaining: bool = False) -
     if part == 0:
         q = np.where(q > n, 2 * n - q, q)
         return real(n - q if remaining else q) / real(n)
-    # the rest of a half wave is not whole, but small: it rounds little
+    # the rest of a half wave is a small fraction, so its rounding error is small too
     q = np.where(q > n, q - 2 * n, q)
     x = np.abs(real(q) / real(n) + REAL(part) * (real(e) / real(n)))
     x = np.where(x > 1, REAL(2) - x, x)

@@ -1,23 +1,44 @@
-"""A schedule in words: what its first, peak and last update get, and whether the usual advice holds."""
+"""A schedule in words: what its first, peak and last update get, and whether the usual advice holds.
+
+`Schedule.describe` calls it. A schedule is here whatever has the attributes of `_Described`.
+"""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Protocol
 
-from fusedlr.schedule import Absolute, Schedule
+from fusedlr.schedule.phases import Absolute, Phase
 
 # warm-up shares that fine-tuning guides agree on
 _USUAL_WARMUP = (0.05, 0.10)
-# a last update below this share of the peak hardly moves the weights
+# below this share of the peak the last update hardly moves the weights
 _TINY_END = 0.01
-# steps looked at for the highest rate, besides the ends of phases: enough for a picture of any wave
+# the highest rate is looked for at this many steps and at the ends of phases: enough to hit any wave's crest
 _SAMPLES = 10_000
 
 
-def describe(schedule: Schedule, peak: float | None = None) -> str:
+class _Described(Protocol):
+    """What `describe` asks of a schedule; see `Schedule`."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]: ...
+
+    @property
+    def total_steps(self) -> int | None: ...
+
+    @property
+    def table(self) -> tuple[float, ...]: ...
+
+    def lr_at(self, k: int, peak: float = 1.0) -> float: ...
+
+    def resolve(self, peak: float) -> _Described: ...
+
+
+def describe(schedule: _Described, peak: float | None = None) -> str:
     """See `Schedule.describe`."""
-    # at an infinite peak an absolute level is a ratio of 0; the line on the last update says so
+    # without a peak, an absolute level counts as 0 of an infinite peak; the line on the last update names it
     known = schedule.resolve(math.inf if peak is None else peak)
     absolute = None if peak is not None else _absolute(schedule)
     total = schedule.total_steps
@@ -53,26 +74,26 @@ def _share(ratio: float) -> str:
     return f"{100 * ratio:.3g} %"
 
 
-def _absolute(schedule: Schedule) -> Absolute | None:
+def _absolute(schedule: _Described) -> Absolute | None:
     """The absolute level of a schedule, if it has one."""
     levels = (level for phase in schedule.phases for level in (phase.from_, phase.to))
     return next((level for level in levels if isinstance(level, Absolute)), None)
 
 
-def _warmup_steps(schedule: Schedule) -> int:
+def _warmup_steps(schedule: _Described) -> int:
     """Updates before the peak is first reached while the schedule rises from its first value."""
     first = schedule.phases[0]
     if first.shape == "table":
         values = schedule.table
         top = values.index(max(values))
         return top if all(a <= b for a, b in pairwise(values[: top + 1])) else 0
-    # only a floor is absolute, and it is below the peak
+    # an absolute level is a floor below the peak, so a first phase that has one falls
     if isinstance(first.from_, Absolute) or isinstance(first.to, Absolute) or first.from_ >= first.to:
         return 0
     return schedule.phases[1].begin if len(schedule.phases) > 1 else first.end
 
 
-def _highest(schedule: Schedule) -> int:
+def _highest(schedule: _Described) -> int:
     """The first of the updates that get the highest rate."""
     total = schedule.total_steps or schedule.phases[-1].begin + 1
     steps = {*range(0, total, math.ceil(total / _SAMPLES))}

@@ -1,8 +1,7 @@
-"""Schedules made from other libraries' names and objects, and the count of updates, as they have them."""
+"""`from_torch`: tables of torch's schedulers, which are left alone, and what cannot be tabulated."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import warnings
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import lr_scheduler as lrs
-from torch.utils.data import BatchSampler, DataLoader
 
 import fusedlr
 
@@ -128,9 +126,6 @@ def seen(scheduler: lrs.LRScheduler) -> Any:
 
 def unaliased(value: Any) -> Any:
     return value.copy() if isinstance(value, (list, dict)) else value
-
-
-# --- torch
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -280,137 +275,3 @@ def test_from_torch_asks_for_no_step_past_the_run() -> None:
     assert fusedlr.from_torch(scheduler, 3) == fusedlr.table(values)
     with pytest.raises(IndexError):
         fusedlr.from_torch(scheduler, 4)
-
-
-# --- transformers
-
-
-def test_from_hf_takes_every_name_and_the_enum() -> None:
-    transformers = pytest.importorskip("transformers")
-    needs = {"cosine_with_min_lr": {"min_lr": 0.0}, "cosine_warmup_with_min_lr": {"min_lr": 0.0}}
-    needs["warmup_stable_decay"] = {"num_decay_steps": 10}
-    for name in transformers.SchedulerType:
-        if name.value in ("reduce_lr_on_plateau", "greedy"):
-            with pytest.raises(ValueError, match=rf"name='{name.value}' follows a metric, not the step"):
-                fusedlr.from_hf(name, 10, 100)
-            continue
-        arguments = needs.get(name.value, {})
-        schedule = fusedlr.from_hf(name, 10, 100, **arguments)
-        assert schedule == fusedlr.from_hf(name.value, 10, 100, scheduler_specific_kwargs=arguments)
-        scheduler = transformers.get_scheduler(name, adamw(), 10, 100, scheduler_specific_kwargs=arguments)
-        want = fusedlr.from_torch(scheduler, 100)
-        assert [schedule.lr_at(k, LR) for k in range(100)] == pytest.approx(
-            [want.lr_at(k, LR) for k in range(100)], rel=0, abs=1e-12 * LR
-        )
-
-
-def test_from_hf_with_a_peak_resolves() -> None:
-    schedule = fusedlr.from_hf("polynomial", 5, 50, lr=1e-3, lr_end=1e-5)
-    assert schedule == fusedlr.polynomial(5, 50, lr_end=1e-5).resolve(1e-3)
-    assert repr(schedule) == "polynomial(warmup_steps=5, total_steps=50, lr_end=1e-05).resolve(0.001)"
-
-
-def test_from_hf_ignores_what_transformers_ignores() -> None:
-    assert fusedlr.from_hf("constant", lr_end=3, foo=1) == fusedlr.constant()
-    assert fusedlr.from_hf("constant_with_warmup", 5, foo=1) == fusedlr.constant_with_warmup(5)
-
-
-HF_REFUSED = [
-    (("cosin", 1, 10), {}, "name='cosin' is not a schedule of transformers: did you mean 'cosine'"),
-    (("Linear", 1, 10), {}, "name='Linear' is not a schedule of transformers: did you mean 'linear'"),
-    (("wsd", 1, 10), {}, "name='wsd' is not a schedule of transformers"),
-    ((None, 1, 10), {}, "name=None is not a schedule of transformers"),
-    (("cosine", None, 10), {}, "name='cosine' needs num_warmup_steps"),
-    (("cosine", 1), {}, "cosine needs total_steps"),
-    (("cosine", 1, 10), {"power": 2}, "power=2 is not an argument of name='cosine', which takes num_cycles"),
-    (("linear", 1, 10), {"min_lr": 0}, "min_lr=0 is not an argument of name='linear', which takes none"),
-    (("cosine_with_min_lr", 1, 10), {}, "needs one of min_lr_ratio (min_lr_rate in transformers) and min_lr"),
-    (
-        ("cosine_with_min_lr", 1, 10),
-        {"min_lr": 1e-5, "min_lr_rate": 0.1},
-        "min_lr_ratio=0.1 and min_lr=1e-05 exclude each other",
-    ),
-    (("cosine_with_min_lr", 1, 10), {"min_lr": 1e-5, "lr": 1e-6}, "min_lr=1e-05 is above the peak lr=1e-06"),
-    (("polynomial", 1, 10), {"lr": 1e-8}, "lr_end=1e-07 is above the peak lr=1e-08"),
-    (("warmup_stable_decay", 1, 10), {}, "warmup_stable_decay needs decay_steps"),
-    (("warmup_stable_decay", 9, 10), {"num_decay_steps": 5}, "the stable phase would be negative"),
-    (("linear", -1, 10), {}, "warmup_steps=-1 must be at least 0"),
-    (("cosine_with_restarts", 1, 10), {"num_cycles": 0.5}, "num_cycles=0.5 is not an integer"),
-]
-
-
-@pytest.mark.parametrize(("args", "kwargs", "message"), HF_REFUSED, ids=[row[2] for row in HF_REFUSED])
-def test_from_hf_refuses(args: Any, kwargs: Any, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        fusedlr.from_hf(*args, **kwargs)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 7, 0.03, 0.1, 0.999])
-@pytest.mark.parametrize("total", [1, 10, 999, 12345])
-def test_warmup_is_counted_as_the_trainer_does(steps: float, total: int, tmp_path: Any) -> None:
-    transformers = pytest.importorskip("transformers")
-    args = transformers.TrainingArguments(str(tmp_path), warmup_steps=steps, use_cpu=True)
-    warmup = args.get_warmup_steps(total)
-    assert fusedlr.constant_with_warmup(steps, total) == fusedlr.constant_with_warmup(warmup, total)
-
-
-# --- counting updates
-
-
-class Batches:
-    """A loader that only knows its length."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    args = transformers.TrainingArguments(str(tmp_path_factory.mktemp("run")), use_cpu=True, report_to=[])
-    return transformers.Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{"x": 0}] * 10)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize(
-    ("examples", "batch_size", "accumulation", "epochs"),
-    [
-        (1, 1, 1, 1),
-        (10, 3, 2, 1),
-        (100, 8, 4, 3),
-        (100, 8, 4, 0.1),
-        (101, 8, 4, 2.5),
-        (1000, 7, 16, 3.0),
-        (4, 8, 8, 5),
-        (52002, 4, 8, 3),
-        (999, 1, 1, 1 / 3),
-    ],
-)
-def test_total_steps_is_what_the_trainer_computes(
-    trainer: Any, examples: int, batch_size: int, accumulation: int, epochs: float, world_size: int
-) -> None:
-    from accelerate.data_loader import BatchSamplerShard
-
-    sampler = BatchSampler(range(examples), batch_size, drop_last=False)
-    args = copy.copy(trainer.args)
-    args.gradient_accumulation_steps, args.num_train_epochs, args.max_steps = accumulation, epochs, -1
-    counted = set()
-    for rank in range(world_size):
-        shard = BatchSamplerShard(sampler, world_size, rank)
-        if examples < 2000:
-            assert len(shard) == sum(1 for _ in shard)
-        counted.add(trainer.set_initial_training_values(args, Batches(len(shard)))[-1])
-    assert counted == {fusedlr.total_steps(examples, batch_size, accumulation, epochs, world_size)}
-
-
-def test_total_steps_is_what_the_trainer_runs(trainer: Any) -> None:
-    # its own loader, and the number of updates its own scheduler is made for
-    loader = trainer.get_train_dataloader()
-    assert isinstance(loader, DataLoader)
-    max_steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
-    assert max_steps == fusedlr.total_steps(10, trainer.args.per_device_train_batch_size, epochs=3)

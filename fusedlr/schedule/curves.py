@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from fusedlr.schedule import Schedule
+from fusedlr.schedule.schedule import Schedule
 
-# points of a curve, more than a picture has columns; ends of phases are drawn besides
+# points of a curve: more than a picture has columns; the ends of phases are added to them
 _POINTS = 2_000
-# a tenth of a second
+# points of a table, whose values may jump anywhere; drawing them takes a tenth of a second
 _TABLE_POINTS = 100_000
-# so many updates are drawn as dots too
+# up to this many updates, each gets a dot
 _FEW = 20
-# updates drawn of a schedule without an end, where no other says how many
+# updates that are drawn if no schedule of a picture has an end
 _ENDLESS = 1_000
-# curves in a terminal, in the order given
+# the marks of curves in a terminal, first curve first
 MARKS = "*o+x#@%&"
 # Okabe and Ito: colours that stay apart for colour-blind readers
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
-# one picture fits a page, and its letters can be read at half its size
+# in inches and dots per inch: a picture fits a page, and its letters are readable at half that size
 WIDTH, HEIGHT, DPI = 8.0, 3.6, 120
 
 
@@ -32,13 +32,13 @@ def length(schedules: Mapping[str, Schedule]) -> int:
 
 def steps(schedule: Schedule, total: int, first: int = 0) -> list[int]:
     """The steps from `first` to `total` to draw: evenly spaced, and both sides of every edge."""
-    # between the values of a table there may be anything
+    # a table may jump between any two values, so it gets more points
     points = _TABLE_POINTS if schedule.table else _POINTS
     chosen = {*range(first, total, math.ceil((total - first) / points)), total - 1, total}
     for phase in schedule.phases:
         chosen |= {k for k in (phase.begin - 1, phase.begin, phase.end) if first <= k <= total}
         if phase.shape == "restarts":
-            # a jump back to the peak between two neighbouring updates
+            # each restart is a jump back to the peak: both updates around it are drawn
             n, cycles = phase.end - phase.begin, int(phase.shape_param)
             edges = (phase.begin - (-n * i // cycles) for i in range(1, min(cycles, _POINTS)))
             chosen |= {k for edge in edges for k in (edge - 1, edge) if first <= k <= total}
@@ -103,7 +103,7 @@ def picture(
     for i, (name, schedule) in enumerate(schedules.items()):
         drawn = steps(schedule, last, first)
         rates = [schedule.lr_at(k, 1.0 if peak is None else peak) for k in drawn]
-        # later curves are thinner, so that one beneath stays visible; few updates are shown one by one
+        # later curves are thinner, so that a curve beneath stays visible
         axes.plot(
             drawn,
             rates,
@@ -129,6 +129,6 @@ def _save(figure: object, path: Path) -> None:
     import matplotlib
 
     vector = path.suffix.lower() == ".svg"
-    # no date and no random names: the same curves give the same file
+    # without a date and random names the same curves give the same file
     with matplotlib.rc_context({"svg.hashsalt": "fusedlr"}):
         figure.savefig(path, metadata={"Date": None} if vector else None)  # type: ignore[attr-defined]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from schedule_zoo import PEAK, ZOO
 
 import fusedlr
+from schedule.schedule_zoo import PEAK, ZOO
 
 
 def number(text: str) -> int:
@@ -19,7 +19,7 @@ def test_numbers_are_those_of_lr_at(name: str) -> None:
     schedule = ZOO[name]
     text = schedule.describe(PEAK)
     assert text.startswith(f"{schedule!r}, peak 0.0003\n")
-    # a label, a step, a rate and its share of the peak
+    # each match is a label, a step, a rate and its share of the peak
     found = re.findall(
         r"(first|highest|last|past)[^\n;]*? \(k = ([\d,]+)\): (\S+) \((\S+) % of the peak\)", text
     )
@@ -60,7 +60,7 @@ def test_usual_warmup(warmup: int, where: str) -> None:
     [
         (fusedlr.constant(), None),
         (fusedlr.linear(0, 100), None),
-        # falls from the first update on, to a rate that is not yet comparable
+        # these fall from the first update on, to an absolute floor
         (fusedlr.cosine(0, 100, min_lr=1e-5), None),
         (fusedlr.polynomial(0, 100), None),
         (fusedlr.linear(10, 100, warmup_from=1.0), None),
@@ -91,18 +91,18 @@ def test_peak_never_reached() -> None:
     assert remark in fusedlr.linear(100, 100).describe()
     assert remark in fusedlr.linear(120, 100).describe()
     assert remark not in fusedlr.linear(99, 100).describe()
-    # this one is a step ahead: its last update gets the peak
+    # this schedule is one step ahead: its last update gets the peak
     assert remark not in fusedlr.cosine_warmup_with_min_lr(100, 100, min_lr_ratio=0.1).describe()
 
 
 def test_absolute_floor_without_a_peak() -> None:
     text = fusedlr.linear(10, 100, min_lr=1e-5).describe()
     assert "last update (k = 99): on the way to min_lr=1e-05, an absolute rate" in text
-    # what is not known is not remarked on
+    # the last rate is not known without a peak, so there is no remark on it
     assert "sensitive" not in text
     assert "highest update (k = 10): 100 % of the peak" in text
 
-    # a rate of 2 is nobody's business before the peak is known
+    # a floor of 2 may be below the peak as long as no peak is given
     assert "min_lr=2, an absolute rate" in fusedlr.linear(10, 100, min_lr=2).describe()
 
 

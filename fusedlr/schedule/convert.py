@@ -6,33 +6,34 @@ import copy
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Real
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from fusedlr import arguments
+from fusedlr.schedule import constructors as ours
+from fusedlr.schedule.schedule import Schedule
 
-from fusedlr import schedule as s
-from fusedlr.scheduler import ScheduleView
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
 
-# transformers' name -> (constructor, {its keyword: ours})
-_HF = {
-    "constant": (s.constant, {}),
-    "constant_with_warmup": (s.constant_with_warmup, {}),
-    "linear": (s.linear, {}),
-    "cosine": (s.cosine, {"num_cycles": "num_cycles"}),
-    "cosine_with_restarts": (s.cosine_with_restarts, {"num_cycles": "num_cycles"}),
-    "polynomial": (s.polynomial, {"lr_end": "lr_end", "power": "power"}),
-    "inverse_sqrt": (s.inverse_sqrt, {"timescale": "timescale"}),
+# transformers' name of a schedule -> (constructor, {transformers' keyword: the constructor's})
+TRANSFORMERS: dict[str, tuple[Callable[..., Schedule], dict[str, str]]] = {
+    "constant": (ours.constant, {}),
+    "constant_with_warmup": (ours.constant_with_warmup, {}),
+    "linear": (ours.linear, {}),
+    "cosine": (ours.cosine, {"num_cycles": "num_cycles"}),
+    "cosine_with_restarts": (ours.cosine_with_restarts, {"num_cycles": "num_cycles"}),
+    "polynomial": (ours.polynomial, {"lr_end": "lr_end", "power": "power"}),
+    "inverse_sqrt": (ours.inverse_sqrt, {"timescale": "timescale"}),
     "cosine_with_min_lr": (
-        s.cosine_with_min_lr,
+        ours.cosine_with_min_lr,
         {"num_cycles": "num_cycles", "min_lr": "min_lr", "min_lr_rate": "min_lr_ratio"},
     ),
     "cosine_warmup_with_min_lr": (
-        s.cosine_warmup_with_min_lr,
+        ours.cosine_warmup_with_min_lr,
         {
             "num_cycles": "num_cycles",
             "min_lr": "min_lr",
@@ -41,7 +42,7 @@ _HF = {
         },
     ),
     "warmup_stable_decay": (
-        s.warmup_stable_decay,
+        ours.warmup_stable_decay,
         {
             "num_decay_steps": "decay_steps",
             "num_stable_steps": "stable_steps",
@@ -53,7 +54,7 @@ _HF = {
     ),
 }
 _METRIC_DRIVEN = ("reduce_lr_on_plateau", "greedy")
-# transformers drops extra arguments for these without a word; so do we, for scripts that pass them
+# transformers ignores extra arguments of these without a warning, and so does `from_hf`: scripts pass some
 _IGNORES_EXTRAS = ("constant", "constant_with_warmup")
 
 
@@ -63,7 +64,7 @@ def from_hf(
     num_training_steps: int | None = None,
     lr: float | None = None,
     **scheduler_specific_kwargs: Any,
-) -> s.Schedule:
+) -> Schedule:
     """The schedule that `transformers.get_scheduler` builds from the same names and arguments.
 
     Equal to transformers for every update of the run; past its end the last value holds, where
@@ -87,41 +88,43 @@ def from_hf(
         raise ValueError(
             f"name={name!r} follows a metric, not the step: use FusedAdamW(schedule=None) with that scheduler"
         )
-    if name not in _HF:
-        close = difflib.get_close_matches(str(name), _HF, n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(_HF)}"
+    if name not in TRANSFORMERS:
+        close = difflib.get_close_matches(str(name), TRANSFORMERS, n=3, cutoff=0.3)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(TRANSFORMERS)}"
+        )
         raise ValueError(f"name={name!r} is not a schedule of transformers: {hint}")
-    constructor, renamed = _HF[name]
+    constructor, renamed = TRANSFORMERS[name]
     parameters = inspect.signature(constructor).parameters
-    arguments: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if "warmup_steps" in parameters:
         if num_warmup_steps is None:
             raise ValueError(f"name={name!r} needs num_warmup_steps")
-        arguments["warmup_steps"] = num_warmup_steps
+        given["warmup_steps"] = num_warmup_steps
     if "total_steps" in parameters:
-        arguments["total_steps"] = num_training_steps
-    # get_scheduler takes them in a dict of this name, TrainingArguments one by one
+        given["total_steps"] = num_training_steps
+    # a schedule's own arguments come in a dict of this name (get_scheduler) or one by one (TrainingArguments)
     extras = scheduler_specific_kwargs.pop("scheduler_specific_kwargs", None) or {}
     for key, value in {**extras, **scheduler_specific_kwargs}.items():
         if key in renamed:
-            arguments[renamed[key]] = value
+            given[renamed[key]] = value
         elif name not in _IGNORES_EXTRAS:
             known = ", ".join(renamed) or "none"
             raise ValueError(f"{key}={value!r} is not an argument of name={name!r}, which takes {known}")
-    schedule = constructor(**arguments)
+    schedule = constructor(**given)
     return schedule if lr is None else schedule.resolve(lr)
 
 
 def knows_hf(name: str) -> bool:
-    """Whether `from_hf` has this schedule; not what follows a metric, nor what is newer than this package.
+    """Whether `from_hf` has this schedule: it has none that follows a metric or is newer than this package.
 
     >>> knows_hf("cosine"), knows_hf("reduce_lr_on_plateau")
     (True, False)
     """
-    return getattr(name, "value", name) in _HF
+    return getattr(name, "value", name) in TRANSFORMERS
 
 
-def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
+def from_torch(scheduler: LRScheduler, total_steps: int) -> Schedule:
     """Tabulate a fresh torch `LRScheduler` over `total_steps` updates. The scheduler itself is not stepped.
 
     The table holds ratios of each group's peak. That is its `initial_lr`, so give `FusedAdamW` the same
@@ -136,25 +139,28 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
         ValueError: it follows a metric, also cycles momentum, has been stepped, has no peak above 0, or gives
             groups different ratios (build one schedule per group then).
 
+    >>> import torch
     >>> optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.1)
     >>> from_torch(torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5), total_steps=3)
     table([1.0, 0.5, 0.25])
     """
-    if not isinstance(scheduler, LRScheduler):
+    import torch
+
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
         raise TypeError(f"scheduler={scheduler!r} is not a torch LRScheduler")
-    total = s._total("from_torch", total_steps)
+    total = arguments.required_total_steps("from_torch", total_steps)
     for inner in _nested(scheduler):
         _refuse(inner)
     driver = _copy(scheduler)
     groups = driver.optimizer.param_groups
     peaks = _peaks(driver)
-    # a group at rate 0 stays there, whatever the schedule
+    # a group whose peak is 0 has rate 0 under any schedule, and no ratio
     live = [i for i, peak in enumerate(peaks) if peak > 0]
     if not live:
         raise ValueError(f"the scheduler's rates are all 0, the peak of every group is {peaks}")
     values: list[float] = []
     with warnings.catch_warnings():
-        # the stand-in is never stepped, which torch would remark on
+        # the stand-in takes no steps, and torch warns of schedulers that step before their optimizer
         warnings.simplefilter("ignore")
         for k in range(total):
             ratios = [float(groups[i]["lr"]) / peaks[i] for i in live]
@@ -166,7 +172,7 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> s.Schedule:
             values.append(ratios[0])
             if k + 1 < total:
                 driver.step()
-    return s.table(values)
+    return ours.table(values)
 
 
 def _nested(scheduler: LRScheduler) -> Iterator[LRScheduler]:
@@ -176,9 +182,11 @@ def _nested(scheduler: LRScheduler) -> Iterator[LRScheduler]:
 
 
 def _refuse(scheduler: LRScheduler) -> None:
-    """Raise for what has no table."""
+    """Raise for a scheduler that no table can replace."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
     name = type(scheduler).__name__
-    if isinstance(scheduler, ScheduleView):
+    if getattr(scheduler, "is_fusedlr_view", False):
         raise ValueError(f"scheduler={name} shows a fusedlr schedule: take it from group['schedule']")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(f"scheduler={name} follows a metric, not the step: it has no table")
@@ -187,7 +195,7 @@ def _refuse(scheduler: LRScheduler) -> None:
             f"scheduler={name} also cycles momentum, which a learning rate schedule cannot: "
             "pass cycle_momentum=False"
         )
-    # ChainedScheduler keeps no count of its own
+    # a ChainedScheduler has no last_epoch; its inner schedulers have
     if getattr(scheduler, "last_epoch", 0) > 0:
         raise ValueError(
             f"scheduler={name} has been stepped (last_epoch={scheduler.last_epoch}): pass a fresh one"
@@ -196,16 +204,18 @@ def _refuse(scheduler: LRScheduler) -> None:
 
 def _copy(scheduler: LRScheduler) -> LRScheduler:
     """A copy that drives a stand-in for the optimizer, over one dummy number per group."""
+    import torch
+
     optimizer = scheduler.optimizer
     groups = []
     for group in optimizer.param_groups:
-        # all of its numbers: OneCycleLR and SWALR keep rates of their own in the group
+        # all numbers of the group are copied: OneCycleLR and SWALR keep rates of their own there
         numbers = {
             key: float(value) for key, value in group.items() if isinstance(value, (Real, torch.Tensor))
         }
         groups.append({"params": [torch.nn.Parameter(torch.zeros(()))], **numbers})
     memo: dict[int, Any] = {id(optimizer): torch.optim.SGD(groups, lr=0.0)}
-    # nothing of the model is copied: neither parameters nor the owner of a method used as lr_lambda
+    # the copy shares parameters, and the owners of methods used as lr_lambda: nothing of the model is copied
     shared = [p for group in optimizer.param_groups for p in group["params"]]
     for inner in _nested(scheduler):
         shared += [f for f in getattr(inner, "lr_lambdas", ()) if isinstance(f, (MethodType, partial))]
@@ -215,6 +225,8 @@ def _copy(scheduler: LRScheduler) -> LRScheduler:
 
 def _peaks(scheduler: LRScheduler) -> list[float]:
     """The peak of every group."""
+    from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
     groups = scheduler.optimizer.param_groups
     for inner in _nested(scheduler):
         if isinstance(inner, CyclicLR):

@@ -8,16 +8,16 @@ from functools import lru_cache
 import numpy as np
 import tolerances
 from numpy.typing import NDArray
-from schedule_zoo import PEAK
 
 from fusedlr import Schedule
+from schedule.schedule_zoo import PEAK
 
 # learning rates of updates k: evaluator(schedule, k, peak), k of dtype int64 and any order
 Evaluator = Callable[[Schedule, NDArray[np.int64], float], NDArray]
 
 # up to this length every step of a run is looked at
 _EVERY_STEP = 5000
-# far from any run: before its start, past 32 bits, past every fp32 integer
+# steps far from any run: before its start, past 32 bits, past every fp32 integer
 _FAR = (-(10**9), -(2**31) - 1, -1, 2**24 + 1, 10**9, 10**9 + 1, 2**31, 2**32 + 3, 2**40 + 1)
 
 
@@ -31,14 +31,14 @@ def definition(schedule: Schedule, peak: float = PEAK) -> tuple[NDArray[np.int64
 def steps(schedule: Schedule) -> NDArray[np.int64]:
     """Every step of a short run and some past it, the ends and a sample of a long one; far steps."""
     ends = [edge for phase in schedule.phases for edge in (phase.begin, phase.end)]
-    # a phase without an end is looked at as far as counters go
+    # a phase without an end does not make the run longer
     last = max(schedule.total_steps or 0, *(end for end in ends if end < 2**40))
     near = [edge + d for edge in ends for d in range(-4, 5)]
     if last <= _EVERY_STEP:
         inside = np.arange(-3, last + 50)
     else:
         generator = np.random.default_rng(last)
-        # dense where rates are small or the slope is: both ends, on a logarithmic scale
+        # steps are dense at both ends of the run, where rates or slopes are small: on a logarithmic scale
         scale = np.geomspace(1, last, 500).astype(np.int64)
         inside = np.concatenate([scale, last - scale, generator.integers(0, last, 1000)])
     return np.unique(np.concatenate([inside, near, _FAR]).astype(np.int64))
@@ -70,7 +70,7 @@ def differences(
         got = np.asarray(evaluator(schedule, k, peak), np.float64)
     assert got.shape == want.shape, f"{schedule!r}: {got.shape} values for {want.shape} steps"
     allowed = bounds(schedule, k, want, peak, real)
-    # written so that nan is an error
+    # the comparison is negated, so that nan counts as an error
     for i in np.flatnonzero(~(np.abs(got - want) <= allowed)):
         yield (
             f"{schedule!r} at k = {k[i]}: {got[i]!r} instead of {want[i]!r}, "

@@ -75,11 +75,11 @@ def steps(data: st.DataObject, warmup: int, total: int, *joins: int) -> list[int
 @given(data=st.data())
 def test_equals_transformers(name: str, data: st.DataObject) -> None:
     lengths, arguments = (data.draw(strategy) for strategy in HF[name])
-    # mostly shorter than the run, and sometimes as long or longer
+    # the warm-up is mostly shorter than the run, and sometimes as long or longer
     warmup = data.draw(st.one_of(st.integers(0, lengths), warmups))
     ratio = transformers_ratio(name, warmup, lengths, arguments)
     schedule = fusedlr.from_hf(name, warmup, lengths, LR, **arguments)
-    # where waves begin is where a modulo goes wrong
+    # a wrong modulo shows where waves begin
     waves = arguments.get("num_cycles", 1)
     joins = [warmup + int((lengths - warmup) * i / waves) for i in range(1, math.ceil(waves))]
     for k in steps(data, warmup, lengths, *joins):
@@ -103,8 +103,6 @@ def test_warmup_stable_decay_equals_transformers(data: st.DataObject) -> None:
     for k in steps(data, warmup, total, warmup + stable):
         assert schedule.lr_at(k, LR) == pytest.approx(LR * ratio(k), rel=0, abs=tolerances.SCHEDULE_HF * LR)
 
-
-# --- properties
 
 # rounding of a sum of two products near the peak
 ROUNDING = 4 * math.ulp(1.0)
@@ -197,6 +195,6 @@ def test_scales_with_the_peak(drawn: Drawn, k: int, peak: float) -> None:
 @given(drawn=falling(), k=st.integers(-5, 2 * 10**9))
 def test_round_trip_gives_the_same_bits(drawn: Drawn, k: int) -> None:
     schedule = drawn.schedule.resolve(1.0)
-    for twin in (Schedule.from_json(schedule.to_json()), Schedule.from_numbers(schedule.to_numbers())):
-        assert twin == schedule
-        assert twin.lr_at(k) == schedule.lr_at(k)
+    twin = Schedule.from_numbers(schedule.to_numbers())
+    assert twin == schedule
+    assert twin.lr_at(k) == schedule.lr_at(k)

@@ -8,21 +8,17 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fusedlr
-from fusedlr.schedule import Schedule
+from fusedlr.schedule.constructors import CONSTRUCTORS
+from fusedlr.schedule.convert import TRANSFORMERS
+from fusedlr.schedule.schedule import Schedule
 
-# the arguments that every scheduler of transformers shares; the others are in `fusedlr.convert`
+# transformers' keywords that all of its schedules share; those of single ones are in `TRANSFORMERS`
 _SHARED = {"num_warmup_steps": "warmup_steps", "num_training_steps": "total_steps"}
-# `total_steps` counts updates; everything else in lower case is a constructor
-NAMES = sorted(
-    name
-    for name, module in fusedlr._PUBLIC.items()
-    if module == "schedule" and name.islower() and name != "total_steps"
-)
+NAMES = sorted(CONSTRUCTORS)
 
 
 class SpecError(ValueError):
@@ -72,8 +68,8 @@ class Spec:
         """
         filled = {key: value for key, value in (defaults or {}).items() if key in self.takes}
         try:
-            return _constructor(self.name)(**{**filled, **self.given})
-        # not only ValueError: a literal may be of any type
+            return CONSTRUCTORS[self.name](**{**filled, **self.given})
+        # a literal may be of any type, so constructors raise more than ValueError
         except (TypeError, ValueError, OverflowError) as error:
             raise SpecError(f"{self.text}: {error}") from None
 
@@ -89,7 +85,7 @@ def parse(text: str) -> Spec:
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    # the parser's limits on nesting and size are errors of their own
+    # MemoryError and RecursionError are the parser's limits on size and nesting
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise SpecError(f"{text!r} is not a name or name(argument=value, ...)") from None
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
@@ -104,7 +100,7 @@ def parse(text: str) -> Spec:
     if len(kwargs) < len(pairs):
         raise SpecError(f"{text}: an argument is given twice")
     try:
-        bound = inspect.signature(_constructor(name)).bind_partial(*args, **kwargs)
+        bound = inspect.signature(CONSTRUCTORS[name]).bind_partial(*args, **kwargs)
     except TypeError as error:
         raise SpecError(f"{text}: {error}") from None
     return Spec(text, name, bound.arguments)
@@ -117,13 +113,8 @@ def _literal(node: ast.expr, text: str) -> Any:
         raise SpecError(f"{text}: {ast.unparse(node)} is not a plain value") from None
 
 
-def _constructor(name: str) -> Callable[..., Schedule]:
-    build: Callable[..., Schedule] = getattr(fusedlr, name)
-    return build
-
-
 def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(_constructor(name)).parameters
+    return inspect.signature(CONSTRUCTORS[name]).parameters
 
 
 def _translated(name: str, key: str | None, text: str) -> str:
@@ -133,10 +124,8 @@ def _translated(name: str, key: str | None, text: str) -> str:
     parameters = _parameters(name)
     if key in parameters:
         return key
-    # here, because it imports torch, which takes seconds
-    from fusedlr.convert import _HF
-
-    ours = {**_SHARED, **_HF.get(name, (None, {}))[1]}.get(key)
+    renamed = TRANSFORMERS[name][1] if name in TRANSFORMERS else {}
+    ours = {**_SHARED, **renamed}.get(key)
     if ours is None or ours not in parameters:
         raise SpecError(f"{name} has no argument {key!r}: {_hint(key, list(parameters) or ['none'])}")
     return ours
