@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = (
     *("fusedlr", "torch", "triton", "transformers", "peft", "accelerate", "numpy"),
-    *("torchao", "bitsandbytes", "apex", "torch-optimi"),
+    *("torchao", "bitsandbytes", "apex", "torch-optimi", "deepspeed"),
 )
 
 

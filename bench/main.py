@@ -40,15 +40,21 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     parts = [part for run in runs for part in (run["inventories"], *run["sweeps"].values())]
-    return 1 if any(result["rejected"] for part in parts for result in part) else 0
+    results = [result for part in parts for result in part]
+    results += [run["host"] for run in runs if run["host"] is not None]
+    return 1 if any(result["rejected"] for result in results) else 0
 
 
-def _elsewhere(settings: Settings, policy: str) -> dict[str, Any]:
-    """The run of a process of its own, with another `OMP_WAIT_POLICY`."""
-    print(f"OMP_WAIT_POLICY={policy}", file=sys.stderr)
+def _elsewhere(settings: Settings, policy: str | None) -> dict[str, Any]:
+    """The run of a process of its own, with another `OMP_WAIT_POLICY`, or with none."""
+    shown = f"OMP_WAIT_POLICY={policy or 'unset'}"
+    print(shown, file=sys.stderr)
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if policy is not None:
+        variables["OMP_WAIT_POLICY"] = policy
     child = subprocess.run(
         [sys.executable, "-m", "fusedlr", "bench", *settings.arguments()],
-        env={**os.environ, "OMP_WAIT_POLICY": policy},
+        env=variables,
         # `-m` looks there first, so that it finds this fusedlr and no other
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -56,7 +62,7 @@ def _elsewhere(settings: Settings, policy: str) -> dict[str, Any]:
         text=True,
     )
     if child.returncode not in (0, 1) or not child.stdout:
-        raise ChildError(f"the run with OMP_WAIT_POLICY={policy} ended with exit code {child.returncode}")
+        raise ChildError(f"the run with {shown} ended with exit code {child.returncode}")
     return json.loads(child.stdout)[0]
 
 
@@ -64,7 +70,7 @@ def _here(settings: Settings) -> dict[str, Any]:
     """Measure in this process; the run as plain data."""
     import torch
 
-    from . import step
+    from . import host, step
     from .environment import environment
     from .providers import BASELINE, PROVIDERS, available, chosen_backend
     from .results import SCHEMA
@@ -79,9 +85,10 @@ def _here(settings: Settings) -> dict[str, Any]:
     jobs = [("", inventory, providers) for inventory in settings.inventories]
     if settings.sweep:
         jobs += [(name, inventory, few) for name, points in sweeps().items() for inventory in points]
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in jobs}
+    measured: dict[str, list[dict[str, Any]]] = {"": [], **{name: [] for name, _, _ in jobs}}
     skipped = {}
-    with _progress(len(jobs)) as note:
+    driven = None
+    with _progress(len(jobs) + settings.host) as note:
         for name, inventory, who in jobs:
             need, free = step.needed_bytes(inventory, len(who), settings.dtype), free_memory(device)
             if need > free:
@@ -92,6 +99,12 @@ def _here(settings: Settings) -> dict[str, Any]:
                 )
                 measured[name].append(asdict(result))
             note(None)
+        if settings.host:
+            found = host.run(
+                device, settings.rounds, settings.seconds, note=lambda text: note(f"host: {text}")
+            )
+            driven = asdict(found)
+            note(None)
     return {
         "schema": SCHEMA,
         "environment": environment(),
@@ -99,6 +112,7 @@ def _here(settings: Settings) -> dict[str, Any]:
         "backend": chosen_backend(device),
         "inventories": measured.pop(""),
         "sweeps": measured,
+        "host": driven,
         "skipped": skipped,
         "not here": {name: why for name, why in available(device).items() if why is not None},
     }

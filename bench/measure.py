@@ -85,13 +85,14 @@ def interleave(
     rounds: int | None,
     seconds: float,
     note: Callable[[str], None] = lambda text: None,
+    measure: Callable[[Any, int], Sample] | None = None,
 ) -> dict[str, list[Sample]]:
-    """Samples of every stepper, one per round, in an order that rotates.
+    """Samples of every stepper, one per round, in an order that rotates; `measure` is the device's `timer`.
 
     Before each sample of short steps one is not counted: it finds its data where the others left the caches.
     Without `rounds`, as many as fit into `seconds`, within limits.
     """
-    measure = timer(device)
+    measure = measure or timer(device)
     names = list(steps)
     collecting = gc.isenabled()
     # a collection would land on whoever is running
@@ -114,6 +115,11 @@ def interleave(
         if collecting:
             gc.enable()
     return samples
+
+
+def ratio(over: list[Sample], under: list[Sample]) -> Spread:
+    """Of the times of one stepper over those of another, within each round."""
+    return Spread.of(a.ms / b.ms for a, b in zip(over, under, strict=True))
 
 
 def _estimate(step: Step, measure: Callable[[Step, int], Sample]) -> float:

@@ -20,8 +20,15 @@ NAMES = (
     f"tiny, or MODEL-TARGETS-rRANK of {', '.join(model.label.lower() for model in MODELS)}; qv, all; "
     f"{', '.join(map(str, RANKS))}"
 )
-# option -> values of OMP_WAIT_POLICY, each a process of its own
-WAIT_POLICIES = {"passive": ("PASSIVE",), "active": ("ACTIVE",), "both": ("PASSIVE", "ACTIVE")}
+# among the names of inventories: the section of bench/host.py
+HOST = "host"
+# option -> values of OMP_WAIT_POLICY, each measured in a process of its own; None leaves the variable unset
+WAIT_POLICIES: dict[str, tuple[str | None, ...]] = {
+    "default": (None,),
+    "passive": ("PASSIVE",),
+    "active": ("ACTIVE",),
+    "both": (None, "PASSIVE"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Settings:
     """Everything that decides a run of the benchmark, checked and with no default left open."""
 
     inventories: tuple[Inventory, ...]
+    host: bool
     sweep: bool
     providers: tuple[str, ...]
     chosen: bool  # whether the providers were chosen by name
@@ -38,7 +46,7 @@ class Settings:
     threads: int
     rounds: int | None
     seconds: float
-    policies: tuple[str, ...]  # empty: the one that this process has
+    policies: tuple[str | None, ...]  # empty: the one that this process has
     out: Path | None
     as_json: bool
 
@@ -46,6 +54,7 @@ class Settings:
         """The command line that measures the same in its process's own wait policy and prints JSON."""
         return [
             *(inventory.name for inventory in self.inventories),
+            *([HOST] if self.host else []),
             *(["--sweep"] if self.sweep else []),
             *([f"--providers={','.join(self.providers)}"] if self.chosen else []),
             "--clip" if self.clip else "--no-clip",
@@ -64,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inventories",
         nargs="*",
         metavar="INVENTORY",
-        help=f"adapters to update: {NAMES}. Shell patterns work: 'llama-*-qv-r8' (default: {DEFAULT})",
+        help=f"adapters to update: {NAMES}. Shell patterns work: 'llama-*-qv-r8'. '{HOST}' is another "
+        "measurement: the host's time for many tiny tensors, fp32, with clipping, for each way in which "
+        f"fusedlr's step can be driven (default: {DEFAULT})",
     )
     add("--all", action="store_true", help="all inventories for which there is memory (default: no)")
     add(
@@ -77,8 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers",
         metavar="NAMES",
         help="who is timed, with commas: fused, foreach, forloop, capturable (torch), compile (minutes), "
-        "fusedlr-BACKEND, torchao, bitsandbytes, apex, optimi. fused is the baseline and always among them "
-        "(default: all that can run here, without compile and torchao, which compiles too)",
+        "fusedlr-BACKEND, torchao, bitsandbytes, apex, optimi, deepspeed (its first use compiles C++, which "
+        "takes minutes). fused is the baseline and always among them (default: all that can run here, "
+        "without compile and torchao, which compile in every run)",
     )
     add(
         "--clip",
@@ -110,8 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait-policy",
         choices=("inherit", *WAIT_POLICIES),
         default="inherit",
-        help="what idle OpenMP threads do, sleep or spin. Fixed when a process starts: others "
-        "are measured in their own (default: inherit, $OMP_WAIT_POLICY or else passive)",
+        help="what idle OpenMP threads do: spin for a while and then sleep (default, with OMP_WAIT_POLICY "
+        "unset), sleep at once (passive) or spin (active); both is default and passive. The policy is fixed "
+        "when a process starts, so each is measured in a process of its own (default: inherit, the policy "
+        "that this process has)",
     )
     add(
         "--dtype",
@@ -137,6 +151,7 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settin
     on = device(args.device, parser)
     return Settings(
         inventories=inventories,
+        host=HOST in args.inventories,
         sweep=args.sweep,
         providers=_providers(args.providers, on, parser),
         chosen=args.providers is not None,
@@ -153,10 +168,13 @@ def resolve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settin
 
 
 def _inventories(args: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[Inventory, ...]:
-    if args.all and args.inventories:
+    patterns = [pattern for pattern in args.inventories if pattern != HOST]
+    if args.all and patterns:
         parser.error("argument --all: names all inventories already, so no other can be named")
+    if not args.inventories:
+        patterns = [DEFAULT]
     names: dict[str, None] = {}
-    for pattern in args.inventories or (["*"] if args.all else [DEFAULT]):
+    for pattern in ["*"] if args.all else patterns:
         found = fnmatch.filter(INVENTORIES, pattern.lower())
         if not found:
             parser.error(f"argument INVENTORY: {pattern} matches none of {NAMES}")

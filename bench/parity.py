@@ -71,11 +71,29 @@ def advance(stepper: Stepper, begin: Start) -> None:
         stepper.step()
 
 
-def oracle(begin: Start, clip: bool) -> Tensor:
-    """The weights after the steps by torch's for-loop in fp64, flat."""
+def parts(params: list[torch.nn.Parameter], scopes: int) -> list[list[torch.nn.Parameter]]:
+    """`params` in `scopes` runs of equal length."""
+    size, rest = divmod(len(params), scopes)
+    assert not rest
+    return [params[i * size : (i + 1) * size] for i in range(scopes)]
+
+
+def oracle(begin: Start, clip: bool, scopes: int = 1) -> Tensor:
+    """The weights after the steps by torch's for-loop in fp64, flat.
+
+    Each of the `scopes` has an optimizer of its own, so that it is normed and clipped by itself.
+    """
     params = begin.parameters(torch.float64)
-    optimizer = torch.optim.AdamW(params, foreach=False, fused=False, **OPTIONS)
-    advance(with_scheduler(params, optimizer, clip), begin)
+    alone = [
+        with_scheduler(part, torch.optim.AdamW(part, foreach=False, fused=False, **OPTIONS), clip)
+        for part in parts(params, scopes)
+    ]
+
+    def step() -> None:
+        for stepper in alone:
+            stepper.step()
+
+    advance(Stepper(params, None, step), begin)
     return torch.cat([p.detach().view(-1) for p in params])
 
 
@@ -89,6 +107,11 @@ def gate(stepper: Stepper, begin: Start, expected: Tensor) -> float:
     ]
     # torch's max, unlike Python's, never passes over a nan
     return torch.stack(gaps).max().item()
+
+
+def misfit(away: float, allowed: float) -> str:
+    """Why a provider `away` from the oracle is not timed."""
+    return f"{away:.2g} from the fp64 oracle, where rounding allows {allowed:.2g}"
 
 
 def bound(inventory: Inventory, dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""Who can make a step: stock torch in its spellings, and fusedlr on each backend.
+"""Who can make a step: stock torch in its spellings, fusedlr on each backend, and other packages' AdamW.
 
 A provider is given parameters and makes clip, AdamW and schedule out of the same numbers, as its users would
 write them. Gradients are there already and are not zeroed by anybody.
@@ -6,9 +6,11 @@ write them. Gradients are there already and are not zeroed by anybody.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -173,7 +175,14 @@ def _ours(backend: str) -> Provider:
     return Provider(f"fusedlr-{backend}", build, why_not)
 
 
-def _third_party(name: str, package: str, make: Callable[[Any], Any], slow: bool = False) -> Provider:
+def _third_party(
+    name: str, package: str, make: Callable[[Any], Any], slow: bool = False, only_on: str | None = None
+) -> Provider:
+    """Somebody else's AdamW from `package`, with torch's clipping and scheduler around it.
+
+    `only_on` is the type of the only device that it supports; None where a trial step is to find out.
+    """
+
     def build(params: list[torch.nn.Parameter], clip: bool) -> Stepper:
         return with_scheduler(params, make(params), clip)
 
@@ -181,6 +190,8 @@ def _third_party(name: str, package: str, make: Callable[[Any], Any], slow: bool
     def why_not(device: torch.device) -> str | None:
         if importlib.util.find_spec(package) is None:
             return "not installed"
+        if only_on not in (None, device.type):
+            return f"runs on {only_on} alone"
         if slow:
             # to try it would take longer than all the others; the gate will see
             return None
@@ -214,6 +225,15 @@ def _apex(params: Any) -> Any:
     return FusedAdam(params, **OPTIONS, adam_w_mode=True)
 
 
+def _deepspeed(params: Any) -> Any:
+    # the first use compiles its C++ with ninja. DeepSpeed logs to the standard output it finds at its import,
+    # and that of the benchmark may be JSON
+    with contextlib.redirect_stdout(sys.stderr):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(params, **OPTIONS, adamw_mode=True)
+
+
 def _optimi(params: Any) -> Any:
     from optimi import AdamW
 
@@ -240,6 +260,7 @@ PROVIDERS = {
         _third_party("bitsandbytes", "bitsandbytes", _bitsandbytes),
         _third_party("apex", "apex", _apex),
         _third_party("optimi", "optimi", _optimi),
+        _third_party("deepspeed", "deepspeed", _deepspeed, only_on="cpu"),
     )
 }
 

@@ -25,6 +25,9 @@ def table(run: Data) -> str:
     for name, results in run["sweeps"].items():
         if results:
             lines += ["", *_sweep(name, results)]
+    # runs that were stored before this section existed have none
+    if run.get("host"):
+        lines += ["", *_host(run["host"])]
     # who is missing without a reason of its own is named, and no more
     absent = [name if why == "not installed" else f"{name} ({why})" for name, why in run["not here"].items()]
     if absent:
@@ -93,6 +96,28 @@ def _sweep(name: str, results: list[Data]) -> list[str]:
         last = times.get(names[-1]) if names else None
         rows.append((result["label"], *cells, f"{last['ratio']['median']:.2f}" if last else "-"))
     return [*aligned(rows), *(line for result in results for line in _rejected(result))]
+
+
+def _host(result: Data) -> list[str]:
+    title = (
+        f"host: {result['tensors']} tensors of {result['elements']} elements, float32, with clipping, new "
+        f"gradients in every step, {result['rounds']} rounds"
+    )
+    rows = [("", "ms per step", "quartiles", "time / plain", "quartiles", "stock / time", "quartiles")]
+    for row in result["rows"]:
+        ms, plain, ratio = row["ms"], row["times_plain"], row["ratio"]
+        rows.append(
+            (
+                row["way"],
+                _digits(ms["median"]),
+                f"{_digits(ms['low'])}-{_digits(ms['high'])}",
+                f"{plain['median']:.2f}",
+                f"{plain['low']:.2f}-{plain['high']:.2f}",
+                f"{ratio['median']:.2f}",
+                f"{ratio['low']:.2f}-{ratio['high']:.2f}",
+            )
+        )
+    return [title, *(aligned(rows) if result["rows"] else []), *_rejected(result)]
 
 
 def sentence(result: Data, backend: str) -> str:

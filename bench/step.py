@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import measure, parity
-from .measure import Sample, Spread
+from .measure import Spread
 from .providers import BASELINE, Provider, Stepper
 from .shapes import Inventory
 
@@ -102,7 +102,7 @@ def run(
         if away <= bound:
             steppers[provider.name] = stepper
         else:
-            rejected[provider.name] = f"{away:.2g} from the fp64 oracle, where rounding allows {bound:.2g}"
+            rejected[provider.name] = parity.misfit(away, bound)
     del expected, begin
     result = Result(
         inventory.name,
@@ -142,7 +142,7 @@ def _time(
                 name,
                 ms,
                 Spread.of(sample.host_ms for sample in samples[name]),
-                _ratio(samples[BASELINE], samples[name]),
+                measure.ratio(samples[BASELINE], samples[name]),
                 rate,
                 rate / result.bandwidth_gb_per_s.median,
                 moved[name] / result.parameters,
@@ -150,7 +150,3 @@ def _time(
                 distances[name],
             )
         )
-
-
-def _ratio(baseline: list[Sample], other: list[Sample]) -> Spread:
-    return Spread.of(theirs.ms / ours.ms for theirs, ours in zip(baseline, other, strict=True))
