@@ -228,8 +228,8 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     """AdamW on one tensor (Loshchilov and Hutter 2019, arXiv:1711.05101), or nothing where `skip`.
 
     Arithmetic is in fp32, in fp64 for fp64 parameters; scalars are made in fp64 and rounded once. Every
-    operation rounds correctly but one: torch's fp32 `sqrt` on the CPU may be an ulp off, as MKL's is (of 2**22
-    numbers between 0 and 1 a fifth on an AMD EPYC, torch 2.13). The compiled steps round it correctly.
+    operation rounds correctly but one: torch's fp32 `sqrt` on the CPU may be an ulp off, as MKL's is (of
+    2**22 numbers between 0 and 1 a fifth on an AMD EPYC, torch 2.13). The compiled steps round it correctly.
     `bc = 1 - b**t` is written as `-expm1(t*log(b))`, which keeps its digits at small `t`.
     """
     b1, b2 = group.betas

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import parallel
@@ -34,6 +35,7 @@ def _interpret_faster() -> None:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if _INTERPRETED:
     _interpret_faster()
+_TOOLS = Path(__file__).parent / "tools"
 # no tests in them, and they need Triton
 collect_ignore = ["triton_compile.py", "triton_math_kernels.py"]
 
@@ -59,6 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = [item for item in items if item.get_closest_marker("interpreter")]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
+    for item in items:
+        if _TOOLS in item.path.parents:
+            item.add_marker(pytest.mark.tools)
     parallel.longest_first(config, items)
     if not torch.cuda.is_available():
         for item in items:

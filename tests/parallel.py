@@ -21,12 +21,12 @@ _LONG = ("test_bench.py", "test_cuda_schedule.py", "test_trajectory.py")
 def scope(nodeid: str) -> str:
     """What is run by one process: the file, or one test and those with its parameters.
 
-    >>> scope("tests/test_state.py::test_step[cpu]")
-    'tests/test_state.py'
+    >>> scope("tests/step/test_shapes.py::test_step[cpu]")
+    'tests/step/test_shapes.py'
     >>> scope("tests/test_triton_compile.py::test_ticket[other-sm_90]")
     'tests/test_triton_compile.py[other-sm_90]'
-    >>> scope("tests/test_build.py::test_wheel")
-    'tests/test_build.py::test_wheel'
+    >>> scope("tests/tools/test_build.py::test_wheel")
+    'tests/tools/test_build.py::test_wheel'
     """
     file, _, rest = nodeid.partition("::")
     if not file.endswith(_APART):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,3 +58,11 @@ def snapshot(optimizer: torch.optim.Optimizer, *, lr: bool = True) -> dict[str, 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Names of what differs between two snapshots, for a readable failure."""
     return [name for name in before if before[name] != after[name]]
+
+
+@contextmanager
+def unchanged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """For code that must leave every bit of an optimizer alone, whether it is refused or not."""
+    before = snapshot(optimizer)
+    yield
+    assert not changes(before, snapshot(optimizer))

@@ -1,7 +1,5 @@
 """Every tolerance of the tests, each with where it comes from. A tolerance is changed here or nowhere."""
 
-# --- optimizer
-
 # fp64 trajectories, relative to the largest element of a tensor. Each update rounds about 10 times at
 # 1.1e-16; over 300 updates of one sign that is 3.3e-13, and errors of either sign mostly cancel (measured:
 # 2e-15)
@@ -17,8 +15,6 @@ MOMENTS_RATIO = 0.5
 # a wrong implementation must miss FP64_TRAJECTORY by at least this factor in some case
 WRONG_MARGIN = 1e3
 
-# --- training runs
-
 # a run may be this many times as far from stock foreach as stock fused is: both differ from it in the last
 # bits, which training amplifies alike, so the factor allows for luck alone
 STOCK_DISTANCE_RATIO = 4.0
@@ -29,8 +25,6 @@ OFF_BY_ONE_RATIO = 1000.0
 # a logged rate against the stock run's, relative: two spellings of a schedule in fp64 agree to 1e-12 of the
 # peak, and the smallest rates compared are a thousandth of it
 LOGGED_RATE = 1e-9
-
-# --- schedules
 
 # the fp64 definition against transformers, relative to the peak: the contract's bound. Both round about 10
 # times at 1.1e-16; transformers' 1 - (k-W)/(T-W) under a root loses more, 3e-13 at 10**7 steps
@@ -69,8 +63,6 @@ SCHEDULE_ULPS_FP64 = 4
 # 4.6e-15
 SCHEDULE_UNEVEN_FP64 = 5e-15
 
-# --- Triton
-
 # scalar functions against fp64, in ulp of the result. A sine up to 45 degrees: half an ulp each of x**2, the
 # constant, the product, plus what the polynomial rounds (measured 1.7)
 TRITON_SINE_ULPS = 2
@@ -79,8 +71,6 @@ TRITON_BIAS_ULPS = 2
 # x**c with c up to 100: an exponent of 100 known to 2**-31 is 0.5 ulp, the polynomial 1, the sum 0.5
 # (measured 2.41)
 TRITON_POWER_ULPS = 3
-
-# --- a step on a GPU, in Triton or in CUDA
 
 # One fp32 step against the reference, whose scalars are fp64 until they are used, relative to the largest
 # element: the rate is off by up to 8 ulp (9.5e-7), bias corrections and norm by 4, and all of it is relative
@@ -98,8 +88,6 @@ GPU_16_BIT_SHARE = 0.02
 # largest: both round as often, the GPU also its scalars; a lost bit would double it (measured: 1.2)
 GPU_RMS_RATIO = 1.5
 GPU_RMS_FLOOR = 6e-8
-
-# --- CUDA
 
 # 1 - b**t for t of 1 to 1.6e7: an ulp of expm1, as CUDA documents, half of one each of what the rounding of
 # its argument took and of the sum (measured with glibc's expm1: 1.18)

@@ -28,7 +28,7 @@ echo "$sites" >"$purelib/parent.pth"
 
 cp -r tests "$away/tests"
 # the tree's settings name the tree's folders; these are what the tests need of them
-printf '[pytest]\naddopts = --strict-markers\nmarkers =\n    gpu:\n    interpreter:\n    slow:\n' >"$away/pytest.ini"
+printf '[pytest]\naddopts = --strict-markers\nmarkers =\n    gpu:\n    interpreter:\n    slow:\n    tools:\npythonpath = tests\n' >"$away/pytest.ini"
 cd "$away"
 venv/bin/python -c "import fusedlr, sys; print(fusedlr.__file__); sys.exit(not fusedlr.__file__.startswith('$PWD/'))"
 venv/bin/fusedlr info

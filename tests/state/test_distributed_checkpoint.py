@@ -1,0 +1,135 @@
+"""torch.distributed.checkpoint in one process, and the step at a rate of zero by which it allocates state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from kit import PEAK, disagreements, quiet, recorded, scheduled, set_grads, step, steps
+from snapshots import bits, changes, snapshot
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+
+import fusedlr
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+
+
+def model_and_optimizer() -> tuple[nn.Module, fusedlr.FusedAdamW]:
+    torch.manual_seed(0)
+    model = Model()
+    model.b.to(torch.bfloat16)
+    groups = [{"params": list(model.a.parameters())}, {"params": list(model.b.parameters()), "lr": 0.2}]
+    return model, scheduled(groups, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "cpu_offload": True},
+        {"flatten_optimizer_state_dict": True},
+    ],
+    ids=str,
+)
+def test_distributed_checkpoint_gets_and_sets(options):
+    options = dcp_state.StateDictOptions(**options)
+    model, optimizer = model_and_optimizer()
+    steps(optimizer, 0, 3)
+    saved = copy.deepcopy(dcp_state.get_state_dict(model, optimizer, options=options))
+    steps(optimizer, 3, 6)
+    other_model, other = model_and_optimizer()
+    dcp_state.set_state_dict(
+        other_model, other, model_state_dict=saved[0], optim_state_dict=saved[1], options=options
+    )
+    assert other.metrics()["step"].tolist() == [3, 3]
+    steps(other, 3, 6)
+    assert not changes(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_distributed_checkpoint_saves_and_loads_files(tmp_path, flatten):
+    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = model_and_optimizer()
+    steps(optimizer, 0, 3)
+    with warnings.catch_warnings():
+        # that there is no process group
+        warnings.simplefilter("ignore")
+        weights, state = dcp_state.get_state_dict(model, optimizer, options=options)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+        steps(optimizer, 3, 6)
+        other_model, other = model_and_optimizer()
+        # allocates by a step at lr 0, and loads into the very tensors that are in use
+        weights, state = dcp_state.get_state_dict(other_model, other, options=options)
+        both = {"model": weights, "optimizer": state}
+        dcp.load(both, checkpoint_id=tmp_path, no_dist=True)
+        dcp_state.set_state_dict(
+            other_model, other, model_state_dict=weights, optim_state_dict=both["optimizer"], options=options
+        )
+    steps(other, 3, 6)
+    assert not changes(snapshot(optimizer), snapshot(other))
+
+
+def test_a_checkpoint_made_before_the_first_step_starts_the_run():
+    model, optimizer = model_and_optimizer()
+    saved = copy.deepcopy(dcp_state.get_optimizer_state_dict(model, optimizer))
+    other_model, other = model_and_optimizer()
+    dcp_state.set_optimizer_state_dict(other_model, other, saved)
+    assert other.metrics()["step"].tolist() == [0, 0]
+    for each in (optimizer, other):
+        steps(each, 0, 2)
+        assert each.metrics()["step"].tolist() == [2, 2]
+    assert not changes(snapshot(optimizer), snapshot(other))
+
+
+def test_the_step_that_allocates_state_is_none_of_the_run():
+    """torch.distributed.checkpoint makes a step with lr 0 and zero gradients on a fresh optimizer."""
+    model = nn.Linear(3, 2)
+    optimizer = fusedlr.FusedAdamW(
+        model.parameters(), lr=PEAK, weight_decay=0.5, schedule=fusedlr.cosine(total_steps=9)
+    )
+    before = bits(dict(model.state_dict()))
+    with recorded() as caught:
+        dcp_state.get_optimizer_state_dict(model, optimizer)
+        assert bits(dict(model.state_dict())) == before
+        assert optimizer.metrics()["step"].tolist() == [0]
+        # t counts as in torch
+        assert {int(entry["step"]) for entry in optimizer.state.values()} == {1}
+        set_grads(optimizer, 0)
+        optimizer.step()
+    assert not disagreements(caught)
+    assert optimizer.metrics()["step"].tolist() == [1]
+    assert optimizer.metrics()["lr"].tolist() == [PEAK]
+
+
+def test_an_allocating_step_moves_no_weight_under_a_tensor_rate():
+    model = nn.Linear(3, 2)
+    optimizer = fusedlr.FusedAdamW(model.parameters(), lr=torch.tensor(PEAK), weight_decay=0.5)
+    before = bits(dict(model.state_dict()))
+    dcp_state.get_optimizer_state_dict(model, optimizer)
+    assert bits(dict(model.state_dict())) == before
+    assert optimizer.param_groups[0]["lr"] == torch.tensor(PEAK)
+
+
+def test_a_foreign_rate_of_zero_later_in_the_run_is_a_step():
+    optimizer = scheduled()
+    step(optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    with quiet():
+        step(optimizer, 1)
+    assert optimizer.metrics()["step"].tolist() == [2]
+
+
+def test_the_schedules_own_first_rate_of_zero_is_a_step():
+    optimizer = scheduled()
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    step(optimizer, 0)
+    assert optimizer.metrics()["step"].tolist() == [1]

@@ -1,0 +1,185 @@
+"""What loading a state dict touches, keeps and takes from the file."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from kit import (
+    PEAK,
+    SCHEDULE,
+    assert_same,
+    copied,
+    make,
+    make_params,
+    make_stock,
+    scheduled,
+    steps,
+    through_a_file,
+    two_groups,
+)
+from snapshots import bits, params_of, snapshot, unchanged
+from torch import nn
+
+import fusedlr
+
+
+def storages(entries):
+    return {t.untyped_storage().data_ptr() for entry in entries for t in entry.values() if t.numel()}
+
+
+def test_loading_leaves_the_callers_dict_and_tensors_alone():
+    source = scheduled(amsgrad=True)
+    steps(source, 0, 3)
+    state = copy.deepcopy(source.state_dict())
+    before, ids = bits(state), [id(group) for group in state["param_groups"]]
+    optimizer = scheduled(amsgrad=True)
+    optimizer.load_state_dict(state)
+    assert not storages(optimizer.state.values()) & storages(state["state"].values())
+    steps(optimizer, 3, 5)
+    optimizer.param_groups[0]["betas"] = (0.1, 0.2)
+    assert bits(state) == before
+    assert [id(group) for group in state["param_groups"]] == ids
+
+
+def test_loading_in_place_keeps_addresses():
+    """A captured CUDA graph goes on reading them."""
+    optimizer = scheduled(make_params((torch.float32, torch.bfloat16)), amsgrad=True)
+    steps(optimizer, 0, 2)
+    other = scheduled(make_params((torch.float32, torch.bfloat16)), amsgrad=True)
+    steps(other, 5, 9)
+    addresses = [{key: id(value) for key, value in entry.items()} for entry in optimizer.state.values()]
+    pointers = [{key: value.data_ptr() for key, value in entry.items()} for entry in optimizer.state.values()]
+    optimizer.load_state_dict(through_a_file(other.state_dict()))
+    assert [{k: id(v) for k, v in entry.items()} for entry in optimizer.state.values()] == addresses
+    assert [{k: v.data_ptr() for k, v in entry.items()} for entry in optimizer.state.values()] == pointers
+    assert snapshot(optimizer)["state"] == snapshot(other)["state"]
+    steps(optimizer, 9, 10)
+    assert [{k: v.data_ptr() for k, v in entry.items()} for entry in optimizer.state.values()] == pointers
+
+
+def test_loading_its_own_live_state_changes_nothing():
+    optimizer = scheduled()
+    steps(optimizer, 0, 3)
+    optimizer.scheduler.step()
+    with unchanged(optimizer):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_live_tensors_may_come_back_for_other_parameters():
+    optimizer = scheduled(make_params(shapes=((3,), (3,), (3,))))
+    steps(optimizer, 0, 3)
+    state = optimizer.state_dict()
+    state["state"] = {i: state["state"][(i + 1) % 3] for i in range(3)}
+    wanted = [bits(dict(optimizer.state[p])) for p in params_of(optimizer)]
+    optimizer.load_state_dict(state)
+    assert [bits(dict(optimizer.state[p])) for p in params_of(optimizer)] == wanted[1:] + wanted[:1]
+
+
+def test_parameters_without_saved_state_start_anew():
+    source = make()
+    steps(source, 0, 3, missing=lambda k, i: i == 0)
+    optimizer = make()
+    steps(optimizer, 0, 2)
+    optimizer.load_state_dict(source.state_dict())
+    stock = make_stock(copied(params_of(optimizer)))
+    stock.load_state_dict(source.state_dict())
+    assert params_of(optimizer)[0] not in optimizer.state
+    for each in (optimizer, stock):
+        steps(each, 3, 5)
+    assert_same(optimizer, stock)
+
+
+def test_hyperparameters_and_the_peak_come_from_the_file_and_the_schedule_from_here():
+    source = make(lr=0.3, betas=(0.5, 0.6), weight_decay=0.7, schedule=fusedlr.linear(total_steps=5))
+    steps(source, 0, 2)
+    optimizer = scheduled()
+    with pytest.warns(UserWarning, match="the loaded schedule is not the one asked for"):
+        optimizer.load_state_dict(source.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"], group["initial_lr"]) == ((0.5, 0.6), 0.7, 0.3)
+    assert group["schedule"] == SCHEDULE
+    assert group["lr"] == SCHEDULE.lr_at(2, 0.3)
+
+
+def test_joint_groups_ignore_the_clipping_of_independent_ones():
+    def build(**options: Any) -> fusedlr.FusedAdamW:
+        a, b, *_ = make_params()
+        return fusedlr.FusedAdamW(
+            [{"params": [a], **options.pop("own", {})}, {"params": [b]}], lr=PEAK, **options
+        )
+
+    source = build(groups="independent", own={"max_grad_norm": 1e-3})
+    steps(source, 0, 1)
+    optimizer = build()
+    optimizer.load_state_dict(source.state_dict())
+    steps(optimizer, 1, 2)
+    assert optimizer.metrics()["coef"] == 1
+
+
+def test_independent_groups_count_their_own_steps_without_our_keys_too():
+    def build() -> fusedlr.FusedAdamW:
+        return two_groups(groups="independent")
+
+    source = build()
+    steps(source, 0, 5, missing=lambda k, i: i > 1 and k % 2 == 0)
+    assert source.metrics()["step"].tolist() == [5, 2]
+    state = source.state_dict()
+    for group in state["param_groups"]:
+        del group["k"], group["k_at_step"]
+    optimizer = build()
+    optimizer.load_state_dict(state)
+    assert optimizer.metrics()["step"].tolist() == [5, 2]
+
+
+def test_a_file_without_its_states_never_sets_the_schedule_before_its_start():
+    source = scheduled()
+    steps(source, 0, 4)
+    source.add_param_group({"params": make_params()})
+    steps(source, 4, 6)
+    state = source.state_dict()
+    state["state"] = {}
+    optimizer = scheduled()
+    optimizer.add_param_group({"params": make_params()})
+    optimizer.load_state_dict(state)
+    assert optimizer.metrics()["step"].tolist() == [0, 0]
+
+
+def test_betas_may_come_as_a_list():
+    source = scheduled()
+    steps(source, 0, 1)
+    state = source.state_dict()
+    # a trip through torch.distributed.checkpoint or JSON makes lists of tuples
+    state["param_groups"][0]["betas"] = list(state["param_groups"][0]["betas"])
+    optimizer = scheduled()
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_write_before_loading_is_forgotten():
+    source = scheduled()
+    steps(source, 0, 2)
+    optimizer = scheduled()
+    optimizer.param_groups[0]["lr"] = 0.7
+    optimizer.load_state_dict(source.state_dict())
+    steps(optimizer, 2, 3)
+    assert optimizer.metrics()["lr"].item() == pytest.approx(SCHEDULE.lr_at(2, PEAK), rel=1e-15)
+
+
+def test_names_are_kept_as_torch_keeps_them():
+    def named() -> list[tuple[str, nn.Parameter]]:
+        return list(zip("abcd", make_params(), strict=True))
+
+    ours, stock = make(named()), make_stock(named())
+    assert ours.state_dict() == stock.state_dict()
+    assert ours.state_dict()["param_groups"][0]["param_names"] == list("abcd")
+    steps(stock, 0, 2)
+    ours.load_state_dict(stock.state_dict())
+    assert ours.param_groups[0]["param_names"] == list("abcd")
+    # an unnamed state keeps this optimizer's names
+    unnamed = make_stock()
+    steps(unnamed, 0, 2)
+    ours.load_state_dict(unnamed.state_dict())
+    assert ours.param_groups[0]["param_names"] == list("abcd")

@@ -1,0 +1,69 @@
+"""Which backend runs, and what is said where the one asked for cannot or none is fast."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from kit import make, recorded, scheduled, set_grads, steps
+from snapshots import unchanged
+
+import fusedlr
+from fusedlr import backends, compiled
+
+
+def cannot_run() -> list[str]:
+    return [name for name, why in backends.reasons([torch.device("cpu")]).items() if why is not None]
+
+
+@pytest.mark.parametrize("name", cannot_run())
+def test_a_backend_asked_for_that_cannot_run_says_why(name, monkeypatch):
+    why = backends.reasons([torch.device("cpu")])[name]
+    with pytest.raises(RuntimeError, match=re.escape(f"backend={name!r} cannot run here: {why}")):
+        make(backend=name)
+    monkeypatch.setenv("FUSEDLR_BACKEND", name)
+    with pytest.raises(RuntimeError, match=re.escape(f"FUSEDLR_BACKEND={name!r} cannot run here: {why}")):
+        make()
+
+
+def test_the_environment_overrides_the_backend(monkeypatch, recwarn):
+    monkeypatch.setenv("FUSEDLR_BACKEND", "reference")
+    optimizer = make()
+    assert optimizer.backend == "reference"
+    assert "backend=reference" in repr(optimizer)
+    steps(optimizer, 0, 1)
+    # it was asked for: that it is slow is no surprise
+    assert not [w for w in recwarn if issubclass(w.category, fusedlr.FallbackWarning)]
+
+
+def test_an_unknown_backend_in_the_environment_is_named(monkeypatch):
+    monkeypatch.setenv("FUSEDLR_BACKEND", "opencl")
+    with pytest.raises(ValueError, match="FUSEDLR_BACKEND='opencl' is unknown, expected one of auto"):
+        make()
+
+
+def test_a_backend_that_stops_running_changes_nothing(monkeypatch):
+    optimizer = scheduled()
+    steps(optimizer, 0, 2)
+    set_grads(optimizer)
+    monkeypatch.setenv("FUSEDLR_BACKEND", "opencl")
+    # a step like the last one runs where that did
+    optimizer.param_groups[0]["foreach"] = None
+    with unchanged(optimizer), pytest.raises(ValueError, match="opencl"):
+        optimizer.step()
+
+
+def test_falling_back_is_said_once_with_the_reasons(monkeypatch):
+    # as on a machine without a compiler
+    monkeypatch.setattr(compiled, "cpu", None)
+    monkeypatch.setattr(compiled, "error", "the C++ kernel was not built")
+    optimizer = make()
+    assert optimizer.backend == "reference"
+    with recorded() as caught:
+        set_grads(optimizer)
+        for _ in range(3):
+            optimizer.step()
+    (warning,) = [w for w in caught if issubclass(w.category, fusedlr.FallbackWarning)]
+    assert all(f"{name}: " in str(warning.message) for name in cannot_run())
+    assert warning.filename == __file__

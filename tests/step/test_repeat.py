@@ -1,0 +1,324 @@
+"""A step like the last one is made in one call, and any change between two steps is seen."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import operator
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kit import make_params, prepare_anew, rates_given, set_grads, spoil, step, step_as_prepared, steps
+from snapshots import params_of
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedlr
+from fusedlr import compiled
+
+pytestmark = pytest.mark.skipif(compiled.cpu is None, reason=str(compiled.error))
+SHAPES = ((3, 5), (7,), (0,), (2, 2, 2), (1,))
+SCHEDULE = fusedlr.cosine(warmup_steps=3, total_steps=20)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Optimizer = fusedlr.FusedAdamW
+
+
+def make(backend: str, **options: Any) -> Optimizer:
+    params = make_params((torch.float32,), SHAPES)
+    groups = [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.0}]
+    settings = {"lr": 0.1, "schedule": SCHEDULE, "max_grad_norm": 1.0, **options}
+    return Optimizer(groups, backend=backend, **settings)
+
+
+def made(**options: Any) -> Optimizer:
+    """An optimizer after three steps, the last of which were like the one before."""
+    optimizer = make("cpu", **options)
+    steps(optimizer, 0, 3)
+    return optimizer
+
+
+def entry(optimizer: Optimizer, i: int = 0) -> dict[str, Any]:
+    return optimizer.state[params_of(optimizer)[i]]
+
+
+def change_data(
+    p: torch.nn.Parameter, change: Callable[[Tensor], Tensor], grad: Callable[[Tensor], Tensor] = lambda x: x
+) -> None:
+    """Change what is in a parameter and in its gradient; torch refuses a gradient that does not fit."""
+    old, p.grad = p.grad, None
+    p.data = change(p.data)
+    p.grad = grad(old)
+
+
+def another() -> torch.nn.Parameter:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    return p
+
+
+def negative_view(x: Tensor) -> Tensor:
+    return torch.complex(torch.zeros_like(x), x).conj().imag
+
+
+def drop_gradients(group: dict[str, Any]) -> None:
+    for p in group["params"]:
+        p.grad = None
+
+
+def one_step_of(optimizer: Optimizer) -> Optimizer:
+    step(optimizer, 5)
+    return optimizer
+
+
+def look_without_the_last_group(optimizer: Optimizer) -> None:
+    group = optimizer.param_groups.pop()
+    optimizer.scheduler.step()
+    optimizer.param_groups.append(group)
+    optimizer.scheduler.step()
+
+
+# what changes between two steps
+CHANGES: dict[str, Callable[[Optimizer], Any]] = {
+    "parameter moved": lambda o: change_data(params_of(o)[0], torch.clone),
+    "parameter transposed in place": lambda o: change_data(params_of(o)[3], lambda x: x.transpose(0, 2)),
+    "parameter of another dtype": lambda o: change_data(params_of(o)[0], Tensor.double, Tensor.double),
+    "parameter negative view": lambda o: change_data(params_of(o)[0], lambda x: torch._neg_view(x.clone())),
+    "parameter frozen": lambda o: params_of(o)[0].requires_grad_(False),
+    "parameter added to the list": lambda o: o.param_groups[0]["params"].append(another()),
+    "parameter removed from the list": lambda o: operator.delitem(o.param_groups[0]["params"], 0),
+    "gradient missing": lambda o: setattr(params_of(o)[1], "grad", None),
+    "gradient transposed": lambda o: setattr(
+        params_of(o)[0], "grad", torch.linspace(-1, 1, 15).view(5, 3).t()
+    ),
+    "gradient expanded": lambda o: setattr(params_of(o)[0], "grad", torch.full((1, 1), 0.5).expand(3, 5)),
+    "gradients negative views": lambda o: [setattr(p, "grad", negative_view(p.grad)) for p in params_of(o)],
+    "gradient not finite": lambda o: spoil(o, math.nan),
+    "gradients of a group missing": lambda o: drop_gradients(o.param_groups[1]),
+    "moment replaced": lambda o: entry(o).update(exp_avg=torch.full((3, 5), 0.25)),
+    "moment moved": lambda o: setattr(entry(o)["exp_avg_sq"], "data", torch.full((3, 5), 0.25)),
+    "moment in 16 bits": lambda o: entry(o).update(exp_avg_sq=entry(o)["exp_avg_sq"].half()),
+    "moments in fp64": lambda o: entry(o).update({key: entry(o)[key].double() for key in MOMENTS}),
+    "step replaced": lambda o: entry(o).update(step=torch.tensor(7.0)),
+    "step replaced by a number": lambda o: entry(o).update(step=7),
+    "step moved": lambda o: setattr(entry(o)["step"], "data", torch.tensor(3.0)),
+    "step swapped": lambda o: torch.utils.swap_tensors(entry(o)["step"], torch.tensor(100.0)),
+    "all of another size": lambda o: (
+        change_data(params_of(o)[0], lambda x: x[:2], lambda x: x[:2]),
+        entry(o).update({key: entry(o)[key][:2].clone() for key in MOMENTS}),
+    ),
+    "state of one deleted": lambda o: operator.delitem(o.state, params_of(o)[1]),
+    "state cleared": lambda o: o.state.clear(),
+    "state loaded": lambda o: o.load_state_dict(one_step_of(make(o.backend)).state_dict()),
+    "rate assigned": lambda o: operator.setitem(o.param_groups[0], "lr", 0.03),
+    "rate updated": lambda o: operator.ior(o.param_groups[1], {"lr": 0.03}),
+    "decay assigned": lambda o: operator.setitem(o.param_groups[0], "weight_decay", 0.5),
+    "betas assigned": lambda o: operator.setitem(o.param_groups[0], "betas", (0.5, 0.9)),
+    "peak assigned": lambda o: operator.setitem(o.param_groups[0], "initial_lr", 1.0),
+    "schedule popped": lambda o: o.param_groups[0].pop("schedule"),
+    "schedule assigned": lambda o: operator.setitem(
+        o.param_groups[0], "schedule", fusedlr.linear(total_steps=9)
+    ),
+    "schedule moved": lambda o: o.scheduler.load_state_dict({"last_epoch": 11}),
+    "clipping changed": lambda o: setattr(o, "max_grad_norm", 0.01),
+    "clipping off": lambda o: setattr(o, "max_grad_norm", None),
+    "scaled": lambda o: vars(o).update(grad_scale=torch.tensor(4.0), found_inf=torch.tensor(0.0)),
+    "overflown": lambda o: vars(o).update(grad_scale=torch.tensor(4.0), found_inf=torch.tensor(1.0)),
+    "group added": lambda o: o.add_param_group({"params": [another()]}),
+    "group removed": lambda o: o.param_groups.pop(),
+    "group added and removed": lambda o: (
+        o.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))]}),
+        o.param_groups.pop(),
+    ),
+    "group away for a look": lambda o: look_without_the_last_group(o),
+    "groups replaced by dicts": lambda o: setattr(o, "param_groups", [dict(g) for g in o.param_groups]),
+    "groups replaced after a step without gradients": lambda o: (
+        drop_gradients(o.param_groups[1]),
+        o.step(),
+        setattr(o, "param_groups", [dict(g) for g in o.param_groups]),
+    ),
+}
+
+
+def run(backend: str, name: str, *, anew: bool, **options: Any) -> Optimizer:
+    optimizer = make(backend, **options)
+    for k in range(8):
+        set_grads(optimizer, k)
+        if k == 4:
+            CHANGES[name](optimizer)
+        if anew:
+            prepare_anew(optimizer)
+        optimizer.step()
+        for signal in ("grad_scale", "found_inf"):
+            optimizer.__dict__.pop(signal, None)
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:.*assigned to group", "ignore:the loaded schedule")
+@pytest.mark.parametrize("groups", ("joint", "independent"))
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_steps_is_seen(name, groups):
+    ours = run("cpu", name, anew=False, groups=groups)
+    theirs = run("reference", name, anew=True, groups=groups)
+    for a, b in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert (ours.state.get(a) is None) == (theirs.state.get(b) is None)
+        for key in ours.state.get(a) or ():
+            torch.testing.assert_close(ours.state[a][key], theirs.state[b][key], rtol=1e-5, atol=1e-6)
+    for key, value in ours.metrics().items():
+        torch.testing.assert_close(value, theirs.metrics()[key], rtol=1e-6, atol=0, equal_nan=True)
+    assert [g["lr"] for g in ours.param_groups] == pytest.approx([g["lr"] for g in theirs.param_groups])
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"schedule": None}, {"groups": "independent"}, {"max_grad_norm": None})
+)
+def test_a_step_like_the_last_is_one_call(options):
+    optimizer = make("cpu", **options)
+    for k in range(3):
+        set_grads(optimizer, k)
+        assert step_as_prepared(optimizer) == (k > 0)
+        if k == 0:
+            optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [3, 3]
+
+
+def test_a_foreign_scheduler_does_not_slow_it_down():
+    optimizer, twin = make("cpu", schedule=None), make("reference", schedule=None)
+    schedulers = [LambdaLR(o, lambda k: 1 / (1 + k)) for o in (optimizer, twin)]
+    for k in range(4):
+        for o, scheduler in zip((optimizer, twin), schedulers, strict=True):
+            set_grads(o, k)
+            if k == 3 and o is optimizer:
+                assert step_as_prepared(o)
+            else:
+                o.step()
+            scheduler.step()
+    for a, b in zip(params_of(optimizer), params_of(twin), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_rate_shown_is_the_definition_s():
+    optimizer = make("cpu")
+    for k in range(25):
+        step(optimizer, k)
+        assert optimizer.param_groups[0]["lr"] == SCHEDULE.lr_at(k, 0.1)
+        assert not rates_given(optimizer)
+
+
+@pytest.mark.parametrize("name", ("eps", "weight_decay", "betas"))
+def test_a_hyperparameter_changed_in_place_is_read_again(name):
+    value = torch.tensor(0.5)
+    given = (value, 0.9) if name == "betas" else value
+    optimizer, twin = (make(backend) for backend in ("cpu", "reference"))
+    for o in (optimizer, twin):
+        o.param_groups[0][name] = given
+    for k in range(5):
+        if k == 3:
+            value.fill_(0.25)
+        for o in (optimizer, twin):
+            if o is twin:
+                prepare_anew(o)
+            step(o, k)
+    for a, b in zip(params_of(optimizer), params_of(twin), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_negative_gradient_that_autograd_leaves_is_seen():
+    start = torch.tensor(1.5)
+    params = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = fusedlr.FusedAdamW(params[:1], lr=0.1, backend="cpu"), torch.optim.AdamW(params[1:], lr=0.1)
+    for k in range(5):
+        for p, o in zip(params, optimizers, strict=True):
+            o.zero_grad()
+            z = torch.complex(torch.zeros_like(p), p).conj()
+            (p.square() if k < 3 else (z * (1 + 2j)).abs()).backward()
+            o.step()
+    torch.testing.assert_close(*params)
+
+
+def test_a_cycle_through_a_parameter_is_collected():
+    optimizer = made()
+    params_of(optimizer)[0].owner = optimizer  # type: ignore[attr-defined]
+    optimizer.param_groups[0]["owner"] = optimizer
+    held = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert held() is None
+
+
+def test_memory_that_has_been_freed_is_refused():
+    optimizer = made()
+    params_of(optimizer)[0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of the parameter has been freed"):
+        optimizer.step()
+
+
+def test_a_step_without_groups_does_nothing():
+    optimizer = made()
+    optimizer.param_groups.clear()
+    optimizer.step()
+
+
+def test_no_operator_is_called_and_nothing_allocated():
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError(f"{func} was called")
+
+    optimizer = make("cpu")
+    set_grads(optimizer, 0)
+    optimizer.step()
+    with Nothing():
+        for _ in range(3):
+            optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("steps_before", (0, 2))
+def test_a_stale_backward_raises(steps_before):
+    """A step writes in place, and autograd knows."""
+    optimizer = make("cpu")
+    steps(optimizer, 0, steps_before)
+    p = params_of(optimizer)[0]
+    stale = [(p * p).sum()]
+    if steps_before:
+        stale.append((entry(optimizer)["exp_avg"] * p).sum())
+    set_grads(optimizer, 2)
+    repeated = step_as_prepared(optimizer)
+    assert repeated == (steps_before > 0)
+    if not repeated:
+        optimizer.step()
+    for loss in stale:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_gradients_are_let_go_of():
+    optimizer = made()
+    held = weakref.ref(params_of(optimizer)[0].grad)
+    optimizer.zero_grad()
+    assert held() is None
+
+
+def test_moments_that_are_offloaded_are_let_go_of():
+    optimizer = make("cpu")
+    steps(optimizer, 0, 2)
+    held = weakref.ref(entry(optimizer)["exp_avg"])
+    entry(optimizer)["exp_avg"] = entry(optimizer)["exp_avg"].clone()
+    assert held() is None
+    set_grads(optimizer, 2)
+    assert not step_as_prepared(optimizer)
+
+
+def test_a_copy_goes_its_own_way():
+    optimizer = make("cpu")
+    steps(optimizer, 0, 2)
+    twin = copy.deepcopy(optimizer)
+    before = [p.detach().clone() for p in params_of(twin)]
+    set_grads(optimizer, 2)
+    optimizer.step()
+    assert all(map(torch.equal, before, params_of(twin)))
