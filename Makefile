@@ -8,7 +8,7 @@ PYTHONS ?= $(PYTHON)
 TORCHES ?= own
 JOBS ?= 2
 RUN := .venv/bin/python
-CSRC = $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h tests/*.cpp tests/*.cu tests/*/*.cpp tests/ptx/machine/*)
+CSRC = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/*.cpp tests/*/*.cpp tests/*/*.cu tests/ptx/machine/*)
 
 .PHONY: help demo test ptx lint bench wheel smoke gpu format docs clean env-gpu env-demo env-dev env-docs
 

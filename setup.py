@@ -2,6 +2,7 @@
 
 FUSEDLR_CPU=auto|0|1: fusedlr._cpu if it can be built (the default), never, or else fail.
 FUSEDLR_CUDA=auto|0|1: the same for fusedlr._cuda, which takes nvcc; FUSEDLR_CUDA_ARCHS="80 90" says for what.
+fusedlr._host, which both need, is built with either.
 CXX, CXXFLAGS, LDFLAGS and NVCC are the compilers, with arguments if need be, and more flags.
 """
 
@@ -23,20 +24,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
 
 import recipe  # noqa: E402
 
+from fusedlr.columns import header  # noqa: E402
 from fusedlr.sources import digest  # noqa: E402
 
-# module -> its kernel's name
-KERNELS = {"_cpu": "C++ kernel", "_cuda": "CUDA kernel"}
-WANTED = {module: os.environ.get(f"FUSEDLR{module.upper()}") or "auto" for module in KERNELS}
+# module -> what it is, and the variable that asks for it
+MODULES = {
+    "_host": ("compiled watch", "FUSEDLR_CPU"),
+    "_cpu": ("C++ kernel", "FUSEDLR_CPU"),
+    "_cuda": ("CUDA kernel", "FUSEDLR_CUDA"),
+}
+WANTED = {module: os.environ.get(variable) or "auto" for module, (_, variable) in MODULES.items()}
 for module, wanted in WANTED.items():
     if wanted not in ("auto", "0", "1"):
-        sys.exit(f"FUSEDLR{module.upper()}={wanted!r} is unknown, expected auto, 0 or 1")
+        sys.exit(f"{MODULES[module][1]}={wanted!r} is unknown, expected auto, 0 or 1")
+WANTED["_host"] = max(WANTED["_cpu"], WANTED["_cuda"], key=("0", "auto", "1").index)
 
 
 class NinjaBuild(build_ext):
     def run(self):
         # should this build fail or leave one out, the module of an earlier one must not be found
-        for name in (f"fusedlr.{module}" for module in KERNELS):
+        for name in (f"fusedlr.{module}" for module in MODULES):
             path = Path(self.get_ext_filename(name) if self.inplace else self.get_ext_fullpath(name))
             (ROOT / path).unlink(missing_ok=True)
         super().run()
@@ -64,7 +71,11 @@ class NinjaBuild(build_ext):
         # not build_temp, which is another one for every editable build: ninja keeps what has not changed
         folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(recipe.ninja_file(outputs, digest(ROOT / "csrc")))
+        columns = folder / "columns.h"
+        # written only where it has changed, because everything is compiled anew after it
+        if not columns.exists() or columns.read_text() != header():
+            columns.write_text(header())
+        (folder / "build.ninja").write_text(recipe.ninja_file(outputs, digest(ROOT)))
         # on after a failure: one module may have no good compiler, and the other one has
         subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-k", "0"])
 
@@ -73,7 +84,8 @@ class NinjaBuild(build_ext):
         for module, output in outputs.items():
             if output.exists():
                 continue
-            text = f"the {KERNELS[module]} {why}: FUSEDLR{module.upper()}=0 leaves it out"
+            name, variable = MODULES[module]
+            text = f"the {name} {why}: {variable}=0 leaves it out"
             if WANTED[module] == "1":
                 raise CompileError(text)
             self.warn(text)
@@ -90,7 +102,7 @@ class Wheel(bdist_wheel):
     def run_command(self, command):
         super().run_command(command)
         built = Path(self.get_finalized_command("build").build_lib)
-        if command == "build" and not any(any(built.rglob(f"{module}.*")) for module in KERNELS):
+        if command == "build" and not any(any(built.rglob(f"{module}.*")) for module in MODULES):
             # for any Python and platform
             self.distribution.ext_modules = []
             self.root_is_pure = True
@@ -98,7 +110,7 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=[
-        Extension(f"fusedlr.{module}", [f"csrc{module.replace('_', '/')}_module.cpp"], optional=wanted != "1")
+        Extension(f"fusedlr.{module}", [f"csrc/{module[1:]}/module.cpp"], optional=wanted != "1")
         for module, wanted in WANTED.items()
         if wanted != "0"
     ],

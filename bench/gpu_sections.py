@@ -181,12 +181,14 @@ def quick(device: str) -> list[Provider]:
 
 def run_graph_tests(settings: Settings) -> Result:
     """The tests of graphs, streams and the tickets."""
-    return run_tests(settings, "graph-tests", ["tests/test_gpu.py", "tests/tools/test_graph_example.py"])
+    return run_tests(
+        settings, "graph-tests", ["tests/gpu/test_on_device.py", "tests/tools/test_graph_example.py"]
+    )
 
 
 def run_other_tests(settings: Settings) -> Result:
     """All other tests marked `gpu`; on the CPU a few of their CPU twins."""
-    others = ["tests", "--ignore=tests/test_gpu.py", "--ignore=tests/tools/test_graph_example.py"]
+    others = ["tests", "--ignore=tests/gpu/test_on_device.py", "--ignore=tests/tools/test_graph_example.py"]
     reduced = ["tests/step/test_trajectory.py", "-k", "test_fp64_equals_torch and edges"]
     return run_tests(settings, "tests", others if settings.on_gpu else reduced)
 

@@ -34,20 +34,20 @@ FUSEDLR_HD R bias_correction(double t, double log_b) {
     return -(less + (less + 1) * R(x - double(rounded)));
 }
 
-// largest is the second moment's running maximum, null without amsgrad
+// v_max is the running maximum of v, null without amsgrad
 template <class R>
-FUSEDLR_HD void adamw(R& p, R g, R& m, R& v, R* largest, const Scalars<R>& s) {
+FUSEDLR_HD void adamw(R& p, R g, R& m, R& v, R* v_max, const Scalars<R>& s) {
     g *= s.factor;
     p = p - s.decay * p;
     m = m + (g - m) * s.one_b1;
     v = s.b2 * v + (s.one_b2 * g) * g;
-    R top = v;
-    if (largest) {
+    R divisor = v;
+    if (v_max) {
         // as torch.maximum: nan wins
-        top = v <= *largest || *largest != *largest ? *largest : v;
-        *largest = top;
+        divisor = v <= *v_max || *v_max != *v_max ? *v_max : v;
+        *v_max = divisor;
     }
-    p = p - s.lr_bc1 * (m / (std::sqrt(top) / s.root_bc2 + s.eps));
+    p = p - s.lr_bc1 * (m / (std::sqrt(divisor) / s.root_bc2 + s.eps));
 }
 
 }  // namespace fusedlr

@@ -1,4 +1,4 @@
-"""How the modules are compiled: the ninja file that setup.py runs. No torch, and nothing of the package."""
+"""How the modules are compiled: the ninja file that setup.py runs, and the header that it needs. No torch."""
 
 from __future__ import annotations
 
@@ -89,30 +89,36 @@ def gencode(archs: list[int]) -> str:
     return " ".join([*codes, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
+def _host() -> dict[str, tuple[str, str]]:
+    sources = ("module", "watch", "torch_access")
+    return {f"host_{name}.o": (f"host/{name}.cpp", "$python") for name in sources}
+
+
 def _cpu() -> dict[str, tuple[str, str]]:
-    objects = {"cpu_module.o": ("cpu_module.cpp", "$python"), "watch.o": ("watch.cpp", "$python")}
+    objects = {"cpu_module.o": ("cpu/module.cpp", "$python")}
     for isa, flags in ISAS.items():
-        objects[f"kernel_{isa}.o"] = "cpu_kernel.cpp", f"-DFUSEDLR_ISA={isa} {flags}"
-    return {**objects, "cpu.o": ("cpu.cpp", "")}
+        objects[f"kernel_{isa}.o"] = "cpu/kernel.cpp", f"-DFUSEDLR_ISA={isa} {flags}"
+    return {**objects, "cpu_step.o": ("cpu/step.cpp", "")}
 
 
 def _cuda(archs: list[int]) -> dict[str, tuple[str, str]]:
     objects = {
-        f"cuda_{name}.o": ("cuda.cu", f"-DFUSEDLR_TYPE={type_} -DFUSEDLR_NAME={name} {gencode(archs)}")
+        f"cuda_{name}.o": ("cuda/step.cu", f"-DFUSEDLR_TYPE={type_} -DFUSEDLR_NAME={name} {gencode(archs)}")
         for name, type_ in CUDA_TYPES.items()
     }
     listed = f"""'-DFUSEDLR_ARCHS="{" ".join(map(str, archs))}"'"""
     return {
         **objects,
-        "cuda_module.o": ("cuda_module.cpp", f"$python {listed}"),
-        "cuda_device.o": ("cuda_device.cu", ""),
+        "cuda_module.o": ("cuda/module.cpp", f"$python {listed}"),
+        "cuda_device.o": ("cuda/device.cu", ""),
     }
 
 
 def ninja_file(outputs: dict[str, Path], digest: str) -> str:
-    """The build of the modules `_cpu` and `_cuda`, as far as `outputs` names their files.
+    """The build of the modules `_host`, `_cpu` and `_cuda`, as far as `outputs` names their files.
 
-    Objects do not depend on each other, so all compilers run at once; the slowest come first.
+    Objects do not depend on each other, so all compilers run at once; the slowest come first. It is run in a
+    folder that has `columns.h`.
 
     Raises:
         Unavailable: nvcc is needed and is not there.
@@ -123,11 +129,13 @@ def ninja_file(outputs: dict[str, Path], digest: str) -> str:
     more = openmp()
     lines = [
         f"python = {dollars(' '.join(f'-I{shlex.quote(str(path))}' for path in includes))}",
-        f"flags = {FLAGS} {more} {dollars(CXXFLAGS)}",
+        f"flags = {FLAGS} -I. {more} {dollars(CXXFLAGS)}",
         "rule compile",
         f"  command = {dollars(CXX)} $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule link_host",
+        f"  command = {dollars(CXX)} $in {LINK} {dollars(LDFLAGS)} -o $out",
         "rule link_cpu",
         f"  command = {dollars(CXX)} $in {LINK} {more} {dollars(LDFLAGS)} -o $out",
     ]
@@ -140,7 +148,7 @@ def ninja_file(outputs: dict[str, Path], digest: str) -> str:
         compiler = dollars(compiler + host)
         lines += [
             "rule compile_cuda",
-            f"  command = {compiler} {NVCC_FLAGS} {NVCC_OPTIONS} $more -MMD -MF $out.d -c $in -o $out",
+            f"  command = {compiler} {NVCC_FLAGS} {NVCC_OPTIONS} -I. $more -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link_cuda",
@@ -148,6 +156,8 @@ def ninja_file(outputs: dict[str, Path], digest: str) -> str:
         ]
     if "_cpu" in outputs:
         objects["_cpu"] = _cpu()
+    if "_host" in outputs:
+        objects["_host"] = _host()
     for module, own in objects.items():
         own[f"sources{module}.o"] = "sources.cpp", f"-DFUSEDLR_SOURCES={digest}"
         for name, (source, flags) in own.items():

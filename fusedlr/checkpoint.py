@@ -1,7 +1,7 @@
 """Loading an optimizer state dict, ours or torch AdamW's: checked in full before anything changes.
 
-Called by `FusedAdamW.load_state_dict`. Unlike torch's own loader it never narrows a moment to the parameter's
-dtype, copies into the tensors that are there, and carries the schedule over.
+Called by `FusedAdamW`. Unlike torch's own loader it never narrows a moment to the parameter's dtype, copies
+into the tensors that are there, and carries the schedule over.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import copy
 import math
 from itertools import chain, pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedlr.plan import parameter_name
-from fusedlr.reference import MOMENTS
+from fusedlr.columns import STATE
+from fusedlr.groups import parameter_name, set_quietly
 from fusedlr.schedule import Schedule
+from fusedlr.step import State, dtype_of_state
 from fusedlr.warn import warn
 
-if TYPE_CHECKING:
-    from fusedlr.optimizer import FusedAdamW
+Groups = list[dict[str, Any]]
 
 # what a group with a schedule carries beside AdamW's keys
 SCHEDULE_KEYS = ("schedule", "k", "k_at_step")
 
 
-def check(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+def check(ours: Groups, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
     """Map the file's parameter ids to this optimizer's parameters.
 
     Raises:
@@ -36,7 +36,7 @@ def check(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> dict[Any, Tensor
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the loaded state dict has no {key!r}, only {sorted(map(str, state_dict))}")
-    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
+    theirs = state_dict["param_groups"]
     if len(ours) != len(theirs):
         raise ValueError(
             f"the loaded state dict has {len(theirs)} parameter groups, this optimizer has {len(ours)}"
@@ -72,7 +72,7 @@ def _misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
     if missing:
         return f"its loaded state has no {', '.join(missing)}, only {', '.join(map(str, entry))}"
-    for key in MOMENTS:
+    for key in STATE:
         if key in entry and not isinstance(entry[key], Tensor):
             return f"its loaded {key} is a {type(entry[key]).__name__}, expected a tensor"
         if key in entry and (entry[key].device.type == "meta" or not entry[key].is_floating_point()):
@@ -87,12 +87,14 @@ def _misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     return None
 
 
-def load_state(optimizer: FusedAdamW, saved: dict[Any, Any], by_id: dict[Any, Tensor]) -> dict[Any, Any]:
+def load_state(
+    ours: State, saved: dict[Any, Any], by_id: dict[Any, Tensor], state_dtype: str | None
+) -> dict[Any, Any]:
     """A new `state` mapping; tensors that fit are kept and filled, so that captured addresses stay valid."""
     # torch keeps entries that belong to no parameter
     state = {key: copy.deepcopy(entry) for key, entry in saved.items() if key not in by_id}
     entries = {p: dict(saved[saved_id]) for saved_id, p in by_id.items() if saved_id in saved}
-    current = {p: optimizer.state.get(p) or {} for p in entries}
+    current = {p: ours.get(p) or {} for p in entries}
     live = {id(value) for entry in current.values() for value in entry.values()}
     for p, entry in entries.items():
         for key, value in entry.items():
@@ -101,19 +103,20 @@ def load_state(optimizer: FusedAdamW, saved: dict[Any, Any], by_id: dict[Any, Te
                 entry[key] = value.clone()
     for p, entry in entries.items():
         old = current[p]
-        state[p] = {key: _load_value(optimizer, p, key, value, old.get(key)) for key, value in entry.items()}
+        dtype = dtype_of_state(p, state_dtype)
+        state[p] = {key: _load_value(p, key, value, old.get(key), dtype) for key, value in entry.items()}
     return state
 
 
-def _load_value(optimizer: FusedAdamW, p: Tensor, key: str, value: Any, old: Any) -> Any:
+def _load_value(p: Tensor, key: str, value: Any, old: Any, kept: torch.dtype) -> Any:
     if key == "step":
         # not on a default device the caller may have set
         value = value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
         new = value.reshape(())
         dtype = torch.float32
-    elif key in MOMENTS:
+    elif key in STATE:
         new = value
-        dtype = torch.promote_types(value.dtype, optimizer._plan.state_dtype(p))
+        dtype = torch.promote_types(value.dtype, kept)
     else:
         return copy.deepcopy(value)
     fits = (
@@ -125,16 +128,16 @@ def _load_value(optimizer: FusedAdamW, p: Tensor, key: str, value: Any, old: Any
     return target
 
 
-def load_groups(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def load_groups(ours: Groups, saved: Groups, *, joint: bool) -> Groups:
     """Groups with the file's hyperparameters, this optimizer's parameters and this optimizer's schedules."""
     groups = []
-    for mine, theirs in zip(optimizer.param_groups, saved, strict=True):
-        group = {
+    for mine, theirs in zip(ours, saved, strict=True):
+        group: dict[str, Any] = {
             key: copy.deepcopy(value)
             for key, value in theirs.items()
             if key not in ("params", *SCHEDULE_KEYS)
         }
-        group["betas"] = tuple(group.get("betas", mine["betas"]))
+        group["betas"] = tuple(group["betas"] if "betas" in group else mine["betas"])
         group["params"] = mine["params"]
         if "param_names" in mine:
             group.setdefault("param_names", mine["param_names"])
@@ -142,7 +145,7 @@ def load_groups(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> list[dict
             group["schedule"] = mine["schedule"]
         if "max_grad_norm" in mine:
             group.setdefault("max_grad_norm", mine["max_grad_norm"])
-        if optimizer.groups == "joint":
+        if joint:
             # joint groups share the optimizer's own
             group.pop("max_grad_norm", None)
         if isinstance(mine.get("schedule"), Schedule):
@@ -156,10 +159,10 @@ def _peak(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
     return float(theirs.get("max_lr", theirs.get("initial_lr", mine["initial_lr"])))
 
 
-def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[int]:
+def load_k(state_dict: dict[str, Any], *, joint: bool) -> list[int]:
     """The step every group's schedule continues at: what was saved, plus the updates made elsewhere since."""
     groups = state_dict["param_groups"]
-    latest = max_steps(groups, state_dict["state"], joint=optimizer.groups == "joint")
+    latest = max_steps(groups, state_dict["state"], joint=joint)
     return [
         # below 0 only if the states that were counted are not in the file
         max(group["k"] + t - group["k_at_step"], 0) if "k" in group and "k_at_step" in group else t
@@ -167,7 +170,27 @@ def load_k(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[int]:
     ]
 
 
-def max_steps(groups: list[dict[str, Any]], state: dict[Any, Any], *, joint: bool) -> list[int]:
+def note_counts(groups: Groups, state: State, k: list[int], *, joint: bool) -> None:
+    """Let every group with a schedule hold its `k`, and the `t` that it belongs to."""
+    for group, updates, t in zip(groups, k, max_steps(groups, state, joint=joint), strict=True):
+        if group.get("schedule") is not None:
+            set_quietly(group, "k", updates)
+            set_quietly(group, "k_at_step", t)
+
+
+def in_plain_numbers(packed: Groups, groups: Groups) -> None:
+    """Turn the groups of a state dict into what a file and stock AdamW can hold."""
+    for saved, group in zip(packed, groups, strict=True):
+        if isinstance(saved.get("schedule"), Schedule):
+            saved["schedule"] = saved["schedule"].to_numbers()
+        # a file of torch's may have it, and it would not load into stock AdamW on the CPU
+        saved["capturable"] = False
+        # stock AdamW then keeps its step counts on the device
+        if any(p.device.type == "cuda" for p in group["params"]):
+            saved["fused"] = True
+
+
+def max_steps(groups: Groups, state: dict[Any, Any], *, joint: bool) -> list[int]:
     """Per group the largest `step` of its tensors, of all tensors when `joint`; 0 without state."""
     largest = []
     for group in groups:
@@ -181,10 +204,10 @@ def max_steps(groups: list[dict[str, Any]], state: dict[Any, Any], *, joint: boo
     return [max(largest, default=0)] * len(groups) if joint else largest
 
 
-def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> None:
+def report_disagreement(ours: Groups, saved: Groups) -> None:
     """Warn, in words, where the file's schedule or peak is not this optimizer's."""
     lines = []
-    for i, (mine, theirs) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+    for i, (mine, theirs) in enumerate(zip(ours, saved, strict=True)):
         schedule = mine.get("schedule")
         written = theirs.get("schedule")
         if written is not None and not isinstance(written, Schedule):
@@ -204,7 +227,7 @@ def report_disagreement(optimizer: FusedAdamW, saved: list[dict[str, Any]]) -> N
     _warn_of(lines)
 
 
-def report_lambda_lr(optimizer: FusedAdamW, state_dict: dict[str, Any], epoch: int) -> None:
+def report_lambda_lr(groups: Groups, state_dict: dict[str, Any], epoch: int) -> None:
     """Warn, in words, where the rate in a LambdaLR's state is not what this optimizer's schedule gives there.
 
     A state of our own has `k`; its schedule is in the optimizer's file.
@@ -213,16 +236,16 @@ def report_lambda_lr(optimizer: FusedAdamW, state_dict: dict[str, Any], epoch: i
     if "lr_lambdas" not in state_dict or "k" in state_dict or not rates or not peaks:
         return
     lines = []
-    for i, (group, rate, peak) in enumerate(zip(optimizer.param_groups, rates, peaks, strict=False)):
+    for i, (group, rate, peak) in enumerate(zip(groups, rates, peaks, strict=False)):
         schedule = group.get("schedule")
         if schedule is None or not peak > 0:
             continue
-        theirs, ours = float(rate) / float(peak), schedule.lr_at(epoch)
+        theirs, here = float(rate) / float(peak), schedule.lr_at(epoch)
         # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
-        if not math.isclose(theirs, ours, rel_tol=1e-9, abs_tol=1e-11):
+        if not math.isclose(theirs, here, rel_tol=1e-9, abs_tol=1e-11):
             lines.append(
                 f"group {i}: at k = {epoch} the checkpoint's scheduler gives {theirs:.4g} of the peak, this "
-                f"optimizer's schedule {ours:.4g}; this optimizer's is used"
+                f"optimizer's schedule {here:.4g}; this optimizer's is used"
             )
     _warn_of(lines)
 

@@ -97,7 +97,9 @@ def info() -> str:
     """Versions, devices, and for every device which backend runs there and why the others do not."""
     import torch
 
-    from fusedlr import backends, compiled, cpu, cuda_step
+    from fusedlr import backends
+    from fusedlr.backends import compiled, cpu
+    from fusedlr.backends.gpu import cuda
 
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
@@ -113,8 +115,8 @@ def info() -> str:
         threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
         lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
     if compiled.cuda is not None and compiled.cuda.device_type == "cuda":
-        inside = ", ".join(map(cuda_step.dotted, cuda_step.archs()))
-        built = cuda_step.version(compiled.cuda.toolkit)
+        inside = ", ".join(map(cuda.dotted, cuda.archs()))
+        built = cuda.version(compiled.cuda.toolkit)
         lines.append(f"CUDA kernel built by CUDA {built} for compute capability {inside} and newer")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

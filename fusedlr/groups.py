@@ -1,9 +1,19 @@
-"""Param groups that remember who wrote their learning rate last, and whether anything else was written."""
+"""A param group: its schedule, peak and rate, who wrote the rate last, and what a step needs of it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
+
+from torch import Tensor
+
+from fusedlr import arguments
+from fusedlr.reference import GroupStep, Scope
+from fusedlr.schedule import Schedule, check_schedule
+from fusedlr.warn import warn
 
 
 @dataclass
@@ -11,11 +21,11 @@ class Notes:
     """What was written to an optimizer's groups from outside.
 
     Attributes:
-        writes: ids of the groups whose lr was assigned since the last step.
-        changed: whether anything but an lr was written since it was last set to False.
+        lr_assigned: ids of the groups whose lr was assigned since the last step.
+        changed: whether anything but an lr was written since the options of a step were last taken.
     """
 
-    writes: set[int] = field(default_factory=set)
+    lr_assigned: set[int] = field(default_factory=set)
     changed: bool = True
 
 
@@ -24,35 +34,40 @@ class ParamGroup(dict[str, Any]):
 
     The assignment is what counts, not a changed value: a scheduler may write the same number again. Copies
     and pickles of it are plain dicts, which the optimizer wraps when it finds them.
+
+    Attributes:
+        counts: the counters of a group that was taken out of `param_groups`, which it goes on with when it is
+            put back; None while it is there.
     """
 
-    __slots__ = ("_notes",)
+    __slots__ = ("_notes", "counts")
 
     def __init__(self, group: dict[str, Any], notes: Notes) -> None:
         super().__init__(group)
         self._notes = notes
+        self.counts: Tensor | None = None
         # an id may have been that of a group that is gone
-        notes.writes.discard(id(self))
+        notes.lr_assigned.discard(id(self))
 
     def belongs_to(self, notes: Notes) -> bool:
-        """Whether it reports here."""
+        """Whether assignments to this group are noted there."""
         return self._notes is notes
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         if key == "lr":
-            self._notes.writes.add(id(self))
+            self._notes.lr_assigned.add(id(self))
         else:
             self._notes.changed = True
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """As of dict; setting a missing `lr` is a write."""
+        """As of dict; setting a missing `lr` is an assignment."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """As of dict; an `lr` among the items is a write."""
+        """As of dict; an `lr` among the items is an assignment."""
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
@@ -84,5 +99,156 @@ class ParamGroup(dict[str, Any]):
 
 
 def set_quietly(group: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value as the optimizer itself does: not a write from outside."""
+    """Set a value as the optimizer itself does: not an assignment from outside."""
     dict.__setitem__(group, key, value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the step takes from all groups, until one of them notes a change.
+
+    Attributes:
+        groups: every group in order. scopes: every scope. overruled: indices of groups whose own schedule
+        gives way to an assigned lr in the next step. scheduled: whether a group has a schedule, or a rate
+        that is a tensor: an assignment of lr then matters. kept: whether the options hold until a change is
+        noted: a tensor or a list can be changed in place.
+    """
+
+    groups: list[GroupStep]
+    scopes: list[Scope]
+    overruled: list[int]
+    scheduled: bool
+    kept: bool
+
+    @staticmethod
+    def of(
+        groups: Sequence[dict[str, Any]],
+        notes: Notes,
+        *,
+        joint: bool,
+        max_grad_norm: float | None,
+        nonfinite: str | None,
+    ) -> Options:
+        """The options as they stand in the groups now.
+
+        Raises:
+            ValueError, TypeError: an option is not a number; nothing has been changed then.
+        """
+        overruled = [
+            i for i, group in enumerate(groups) if has_schedule(group) and id(group) in notes.lr_assigned
+        ]
+        steps = [
+            _group_step(i, group, 0 if joint else i, driven=has_schedule(group) and i not in overruled)
+            for i, group in enumerate(groups)
+        ]
+        limits = [max_grad_norm] if joint else [group.get("max_grad_norm", max_grad_norm) for group in groups]
+        scopes = [Scope(limit, skips_nonfinite(nonfinite, limit), always=joint) for limit in limits]
+        given_as_tensor = any(step.lr is not None for step in steps)
+        return Options(
+            groups=steps,
+            scopes=scopes,
+            overruled=overruled,
+            scheduled=given_as_tensor or any(map(has_schedule, groups)),
+            kept=all(map(_is_plain, groups)),
+        )
+
+
+def has_schedule(group: dict[str, Any]) -> bool:
+    """Whether the group has a schedule of its own."""
+    return group.get("schedule") is not None
+
+
+def skips_nonfinite(nonfinite: str | None, max_grad_norm: float | None) -> bool:
+    """Whether a scope skips steps whose norm is not finite; by default where it clips."""
+    return (nonfinite or ("skip" if max_grad_norm is not None else "propagate")) == "skip"
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    """Whether no hyperparameter can be changed in place, as a list or a tensor can: nothing would note it."""
+    values = (group["eps"], group["weight_decay"], group.get("max_grad_norm", 0.0), *group["betas"])
+    return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType) for x in values)
+
+
+def _group_step(index: int, group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep:
+    lr = group["lr"]
+    if not driven and isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr of group {index} has shape {tuple(lr.shape)}, expected one element")
+    if not isinstance(lr, Tensor):
+        float(lr)
+    return GroupStep(
+        schedule=group["schedule"] if driven else None,
+        lr=lr if isinstance(lr, Tensor) and not driven else None,
+        peak=float(group["initial_lr"]) if driven else math.nan,
+        betas=arguments.betas(group["betas"]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        maximize=group["maximize"],
+        scope=scope,
+    )
+
+
+def parameter_name(group: dict[str, Any], group_index: int, p: Tensor) -> str:
+    """How an error calls a parameter: by its name if it has one, else by its place."""
+    position = next(i for i, other in enumerate(group["params"]) if other is p)
+    names = group.get("param_names")
+    if names and position < len(names):
+        return f"parameter {names[position]!r}"
+    return f"parameter {position} of group {group_index}, shape {tuple(p.shape)}"
+
+
+def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: Any) -> None:
+    """Give a new group its schedule, or `default`, its peak and its first rate.
+
+    Raises:
+        TypeError: the schedule is not a `Schedule`.
+        ValueError: a rate is a tensor, which a schedule cannot drive.
+    """
+    schedule = group.get("schedule", default)
+    if isinstance(schedule, (list, tuple)):
+        schedule = Schedule.from_numbers(schedule)
+    check_schedule(schedule)
+    if schedule is None:
+        return
+    lr = group.get("lr", default_lr)
+    peak = group.get("initial_lr", lr)
+    check_rates(lr, default_lr, peak)
+    # one factor for all groups, as transformers: absolute levels are relative to the optimizer's own lr
+    group["schedule"] = schedule.resolve(default_lr)
+    group["initial_lr"] = float(peak)
+    group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
+    group["k"] = group["k_at_step"] = 0
+
+
+def check_rates(*rates: Any) -> None:
+    """No rate that a schedule is to drive is a tensor, else ValueError."""
+    for lr in rates:
+        if isinstance(lr, Tensor):
+            raise ValueError(f"lr={lr!r} is a tensor, which a schedule cannot drive: pass a float")
+
+
+def warn_absolute(groups: Sequence[dict[str, Any]], schedule: Schedule | None, default_lr: Any) -> None:
+    """Warn of an absolute floor, which is relative to `default_lr`, where no group has that rate."""
+    if schedule is None or schedule.resolve(default_lr) is schedule:
+        return
+    peaks = [group["initial_lr"] for group in groups if has_schedule(group)]
+    if default_lr not in peaks:
+        warn(
+            f"{schedule!r} names a learning rate, which is taken relative to lr={default_lr:g}, but the "
+            f"groups' peaks are {', '.join(f'{peak:g}' for peak in peaks)}: pass lr= to the optimizer too"
+        )
+
+
+def warn_assigned(index: int, group: dict[str, Any], k: int) -> bool:
+    """Warn of an assigned lr that is not what the group's own schedule gives at step `k`; whether it did."""
+    lr, peak = group["lr"], group["initial_lr"]
+    asked = group["schedule"].lr_at(k, peak)
+    # another formula for the same rate rounds differently; a tensor is not read, that would wait for it
+    if not isinstance(lr, Tensor) and math.isclose(lr, asked, rel_tol=1e-6, abs_tol=1e-9 * peak):
+        return False
+    value = "a tensor" if isinstance(lr, Tensor) else f"{lr:g}"
+    warn(
+        f"lr={value} was assigned to group {index} from outside and is used for this step, where the "
+        f"optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass "
+        "schedule=None"
+    )
+    return True

@@ -1,15 +1,12 @@
-"""`FusedAdamW`: AdamW, learning rate schedule, clipping and AMP unscale-and-skip as one optimizer step."""
+"""`FusedAdamW` as torch sees it: arguments, step, zero_grad, settings."""
 
 from __future__ import annotations
 
-import math
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from itertools import chain
-from operator import is_
-from types import NoneType
 from typing import Any
 
 import torch
@@ -18,36 +15,29 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from fusedlr import arguments, backends, checkpoint
+from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.eager import eager
-from fusedlr.groups import Notes, ParamGroup, set_quietly
-from fusedlr.mirror import Mirror
-from fusedlr.plan import Plan, trainable
-from fusedlr.reference import Counters, GroupStep, Signals
+from fusedlr.groups import (
+    Notes,
+    Options,
+    ParamGroup,
+    check_rates,
+    give_schedule,
+    has_schedule,
+    set_quietly,
+    skips_nonfinite,
+    warn_absolute,
+    warn_assigned,
+)
+from fusedlr.reference import Signals
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
-from fusedlr.warn import warn
+from fusedlr.step import Plan, allocate, device_of, devices_of, is_allocated, prepare
 
 _NO_SIGNALS = Signals()
-
-
-@dataclass
-class _Prepared:
-    """A step made ready: what the next one can use again if only gradients and given rates have changed."""
-
-    backend: backends.Backend
-    groups: list[dict[str, Any]]
-    steps: list[GroupStep]
-    written: list[bool]  # whose lr was assigned from outside, over a schedule of its own
-    scheduled: bool  # whether there is a schedule that such an assignment would overrule
-    given: list[int]  # groups whose rate is read anew for every step
-    again: bool
-    repeat: Any = None  # the backend's own way to do so, in one call
-
-
-def _is_plain(group: dict[str, Any]) -> bool:
-    """Whether no hyperparameter can be changed in place, as a list or a tensor can: nothing would note it."""
-    values = (group["eps"], group["weight_decay"], group.get("max_grad_norm", 0.0), *group["betas"])
-    return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType) for x in values)
+_ALLOCATE_BEFORE_CAPTURE = (
+    "make one step outside the CUDA graph before capturing it: the state is allocated there"
+)
 
 
 class FusedAdamW(Optimizer):
@@ -153,26 +143,22 @@ class FusedAdamW(Optimizer):
         arguments.hyperparameters(defaults)
         super().__init__(params, defaults)
         self._start(k=[0] * len(self.param_groups))
-        self._backend(warn=False)
-        self._warn_absolute()
+        self._choose_backend(warn=False)
+        warn_absolute(self.param_groups, self._settings["schedule"], self.defaults["lr"])
 
     def _start(self, k: list[int], skipped: list[int] | None = None) -> None:
         """Make everything that is not part of the state: plan, counters, what the host knows."""
         if self._settings["amp_scaling"]:
             self._step_supports_amp_scaling = True
-        self._plan = Plan(self._settings["state_dtype"])
-        self._prepared: _Prepared | None = None
+        # one step at a time, whichever threads make them
+        self._lock = threading.RLock()
+        self._plan: Plan | None = None
+        self._options: Options | None = None
+        self._updates = UpdateCounts()
         self._view: weakref.ref[ScheduleView] | None = None
-        self._k_loaded: list[int] | None = None
-        self._warned_write = self._warned_fallback = False
-        self._counters = Counters.zeros(len(k), self._device(torch.device("cpu")))
-        self._mirror = Mirror(self._counters)
-        if skipped:
-            self._counters.skipped.copy_(torch.tensor(skipped, device="cpu"))
-        self._place_k(k)
-        self._show(self._mirror.k)
-
-    # --- the step
+        self._warned_assigned = self._warned_fallback = False
+        device = device_of(self.param_groups, torch.device("cpu"))
+        self._counts = Counts(self.param_groups, self._notes, self.defaults, device, k, skipped)
 
     @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -199,8 +185,10 @@ class FusedAdamW(Optimizer):
         ):
             return self._hooked_step(closure)
         loss = None
-        if closure is not None or not self._repeat():
-            loss = self._step(closure)
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._make_step()
         self._optimizer_step_code()
         return loss
 
@@ -218,186 +206,121 @@ class FusedAdamW(Optimizer):
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
             args, kwargs = result
-        loss = self._step(*args[1:], **kwargs)
+        loss = None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._make_step()
         self._optimizer_step_code()
         after = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
         for hook in chain.from_iterable(hooks.values() for hooks in after if hooks):
             hook(self, args, kwargs)
         return loss
 
-    def _repeat(self) -> bool:
-        """Make the step in one call of the backend, if it is like the last one; else do nothing."""
-        prepared, notes, mine = self._prepared, self._notes, self.__dict__
-        if (
-            prepared is None
-            or prepared.repeat is None
-            or notes.changed
-            or (prepared.scheduled and notes.writes)
-        ):
-            return False
-        # None, too, is a signal's absence
-        if mine.get("grad_scale") is not None or mine.get("found_inf") is not None:
-            return False
-        told = prepared.repeat(self.param_groups, self.state, torch.get_num_threads())
-        if told is None:
-            return False
-        if not told:
-            # the device counts, and does not tell
-            self._after_step(prepared, None)
-            return True
-        self._k_loaded = None
-        self._shown = self._mirror.k
-        notes.writes.clear()
-        self._mirror.tell(told[0], told[1])
-        return True
+    def _make_step(self) -> None:
+        with self._lock:
+            notes, signals, plan = self._notes, self._signals(), self._plan
+            try:
+                if plan is None or not plan.watch.unchanged(self.param_groups, self.state):
+                    plan = self._prepare()
+                elif notes.changed or self._options_may_have_changed():
+                    plan = self._take_options(plan)
+                if plan is None:
+                    # the state has been allocated, which was all that this step was for
+                    return
+                if self._is_capturing():
+                    self._check_capture()
+                made = plan.stepper.step(signals)
+            finally:
+                if plan is not None:
+                    plan.watch.release()
+            self._after_step(plan, made)
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        # what is the same in the next step is kept in `_Prepared` and in the plan. Asked for anew: whether a
-        # group was written to (one flag), and every parameter, gradient and state tensor (the plan's watch)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _signals(self) -> Signals:
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        signals = _NO_SIGNALS
-        if scale is not None or inf is not None:
-            signals = Signals(
-                arguments.one_element("grad_scale", scale), arguments.one_element("found_inf", inf)
-            )
-        prepared = self._prepared
-        try:
-            if prepared is None or not self._holds(prepared):
-                prepared = self._prepare()
-            elif self._counters.k.is_cuda and torch.cuda.is_current_stream_capturing():
-                self._check_capture(fresh=False)
-            read = prepared.backend.step_(prepared.steps, self._counters, signals, joint=self._joint)
-        finally:
-            self._plan.release()
-        self._after_step(prepared, read)
-        if prepared.repeat is None and prepared.again:
-            prepared.repeat = prepared.backend.repeat(prepared.steps, prepared.groups, joint=self._joint)
-        return loss
+        if scale is None and inf is None:
+            return _NO_SIGNALS
+        return Signals(arguments.one_element("grad_scale", scale), arguments.one_element("found_inf", inf))
 
-    def _holds(self, prepared: _Prepared) -> bool:
-        """Whether what was prepared for an earlier step is right for this one."""
-        groups, notes = self.param_groups, self._notes
-        if len(groups) != len(self._mirror.k):
-            return False
-        if notes.changed or not prepared.again or (prepared.scheduled and notes.writes):
-            return False
-        if len(groups) != len(prepared.groups) or not all(map(is_, groups, prepared.groups)):
-            return False
-        for i in prepared.given:
-            rate = groups[i]["lr"]
-            # a tensor is read by the step itself
-            if not isinstance(rate, float):
-                return False
-            if rate != prepared.steps[i].lr:
-                prepared.steps[i] = replace(prepared.steps[i], lr=float(rate))
-        return self._plan.still_holds(groups, self.state)
+    def _options_may_have_changed(self) -> bool:
+        """Whether a tensor may have been changed in place, or an assigned lr overrules a schedule or a
+        tensor.
+        """
+        options = self._options
+        return options is None or not options.kept or (options.scheduled and bool(self._notes.lr_assigned))
 
-    @torch.no_grad()
-    def _prepare(self) -> _Prepared:
-        """Check and pack everything; raises before anything has been changed."""
-        self._prepared = None
-        self._adopt_groups()
-        backend = self._backend()
-        fresh = not self.state
-        groups = list(self.param_groups)
+    def _prepare(self) -> Plan | None:
+        """Check everything and make the plan; None if the step was only to allocate the state."""
+        self._plan = None
+        self._counts.adopt(self.param_groups)
+        backend = self._choose_backend()
         # what is not a number raises here, before any group has been updated
-        written = [id(group) in self._notes.writes for group in groups]
-        steps = [self._group_step(i, group, written[i], fresh) for i, group in enumerate(groups)]
-        normed = [step.max_grad_norm is not None or step.skip_nonfinite for step in steps]
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            # what is made during a capture is made by a replay, or never
-            self._check_capture(fresh=not self._plan.is_ready(groups, self.state))
-        rows = self._plan.gather(groups, self.state, normed)
-        self._place_counters(backend)
-        steps = [replace(step, rows=some) for step, some in zip(steps, rows, strict=True)]
-        scheduled = [group.get("schedule") is not None for group in groups]
-        over = [a and b for a, b in zip(written, scheduled, strict=True)]
-        plain = all(map(_is_plain, groups))
-        prepared = _Prepared(
-            backend=backend,
-            groups=groups,
-            steps=steps,
-            written=over,
-            scheduled=any(scheduled),
-            given=[i for i, own in enumerate(scheduled) if not own],
-            again=plain and not any(over) and all(step.advance for step in steps),
-        )
-        self._prepared = prepared
-        self._notes.changed = False
-        return prepared
+        options = self._new_options()
+        arguments = self.param_groups, self.state, options, self._updates, self._settings["state_dtype"]
+        if self._only_allocates(options):
+            allocate(*arguments)
+            self._notes.lr_assigned.clear()
+            self._notes.changed = True
+            return None
+        if self._is_capturing() and not is_allocated(
+            self.param_groups, self.state, self._updates, self._settings["state_dtype"]
+        ):
+            # tensors allocated while a CUDA graph is captured have no values until it is replayed
+            raise RuntimeError(_ALLOCATE_BEFORE_CAPTURE)
+        groups, state, _, updates, state_dtype = arguments
+        self._plan = prepare(groups, state, options, self._counts, updates, backend, state_dtype)
+        self._options = options
+        return self._plan
 
-    def _group_step(self, index: int, group: dict[str, Any], written: bool, fresh: bool) -> GroupStep:
-        schedule = group.get("schedule")
-        driven = schedule is not None and not written
-        lr: Any = schedule if driven else group["lr"]
-        if not isinstance(lr, (Schedule, Tensor)):
-            lr = float(lr)
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr of group {index} has shape {tuple(lr.shape)}, expected one element")
-        # checkpoint tools make a step at lr 0 only to have the state allocated: it is not part of the run
-        allocation = schedule is not None and fresh and isinstance(lr, float) and lr == 0
-        max_grad_norm = group.get("max_grad_norm", self.max_grad_norm)
-        return GroupStep(
-            index=index,
-            rows=[],
-            lr=lr,
-            peak=float(group["initial_lr"]) if driven else math.nan,
-            betas=arguments.betas(group["betas"]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=self._nonfinite(max_grad_norm) == "skip",
-            advance=not allocation,
+    def _take_options(self, plan: Plan) -> Plan | None:
+        """The plan with the groups' options as they are now, or another one if it cannot take them."""
+        self._counts.adopt(self.param_groups)
+        if not plan.fits(self.param_groups, self._counts.counters):
+            return self._prepare()
+        self._options = options = self._new_options()
+        plan.stepper.assign(options.groups, options.scopes)
+        return plan
+
+    def _new_options(self) -> Options:
+        options = Options.of(
+            self.param_groups,
+            self._notes,
+            joint=self._joint,
+            max_grad_norm=self.max_grad_norm,
+            nonfinite=self._settings["nonfinite"],
+        )
+        # after a step under an assigned lr the schedules take over again
+        self._notes.changed = bool(options.overruled)
+        return options
+
+    def _only_allocates(self, options: Options) -> bool:
+        """Whether this is the step at lr 0 that checkpoint tools make to have the state allocated."""
+        return (
+            not self.state
+            and len(options.overruled) == len(self.param_groups) > 0
+            and all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
         )
 
-    def _after_step(self, prepared: _Prepared, read: Any) -> None:
+    def _after_step(self, plan: Plan, made: Any) -> None:
         """Show the rate just used in `group["lr"]` and count the step on the host."""
-        self._k_loaded = None
-        self._shown = before = self._mirror.k
-        rates = read[2] if read is not None else None
-        for i, step in enumerate(prepared.steps):
-            if isinstance(step.lr, Schedule):
-                rate = rates[i] if rates is not None else step.lr.lr_at(before[i], step.peak)
-                set_quietly(prepared.groups[i], "lr", rate)
-            elif prepared.written[i] and step.advance:
-                self._warn_write(i, prepared.groups[i])
-        self._notes.writes.clear()
-        if read is not None:
-            self._mirror.tell(*read[:2])
-            return
-        self._mirror.advance(
-            [step.advance and (self._joint or len(step.rows) > 0) for step in prepared.steps]
-        )
-        if not self._counters.k.is_cuda:
-            # on the CPU the counters are at hand: nothing to wait for
-            self._mirror.refresh()
+        counts, options = self._counts, self._options
+        assert options is not None
+        for i, step in enumerate(options.groups):
+            if step.schedule is not None:
+                rate = made.lr[i] if made is not None else step.schedule.lr_at(counts.k[i], step.peak)
+                set_quietly(plan.groups[i], "lr", rate)
+        for i in options.overruled:
+            if not self._warned_assigned:
+                self._warned_assigned = warn_assigned(i, plan.groups[i], counts.k[i])
+        self._notes.lr_assigned.clear()
+        counts.made(made, () if made is not None else plan.stepper.active())
 
-    def _warn_write(self, index: int, group: dict[str, Any]) -> None:
-        lr, peak = group["lr"], group["initial_lr"]
-        asked = group["schedule"].lr_at(self._mirror.k[index], peak)
-        # another formula for the same rate rounds differently; a tensor is not read, that would wait for it
-        same = not isinstance(lr, Tensor) and math.isclose(lr, asked, rel_tol=1e-6, abs_tol=1e-9 * peak)
-        if self._warned_write or same:
-            return
-        self._warned_write = True
-        value = "a tensor" if isinstance(lr, Tensor) else f"{lr:g}"
-        warn(
-            f"lr={value} was assigned to group {index} from outside and is used for this step, where the "
-            f"optimizer's own schedule gives {asked:g}: another scheduler is at work. Remove it, or pass "
-            "schedule=None"
-        )
+    def _is_capturing(self) -> bool:
+        """Whether the step becomes part of a CUDA graph."""
+        return self._counts.counters.k.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _check_capture(self, fresh: bool) -> None:
-        if fresh or self._counters.k.device.type == "cpu":
-            raise RuntimeError(
-                "make one step outside the CUDA graph before capturing it: the state is allocated there"
-            )
+    def _check_capture(self) -> None:
         missing = sum(p.grad is None for p in self._trainable())
         if missing:
             raise RuntimeError(
@@ -427,8 +350,6 @@ class FusedAdamW(Optimizer):
         if grads:
             torch._foreach_zero_(grads)
 
-    # --- groups
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its schedule starts at step 0. The dict passed is copied.
 
@@ -453,34 +374,13 @@ class FusedAdamW(Optimizer):
                     "joint groups share one norm"
                 )
             arguments.max_grad_norm(group["max_grad_norm"])
-        self._resolve_schedule(group)
+        give_schedule(group, self._settings["schedule"], self.defaults["lr"])
         super().add_param_group(group)
         self.param_groups[-1] = ParamGroup(group, self._notes)
-        if "_mirror" in self.__dict__:
-            # not while torch's constructor adds the first groups
-            k = [*self._read_k(), 0]
-            self._resize_counters(len(k))
-            self._place_k(k)
-            self._shown = [*self._shown, 0]
-
-    def _resolve_schedule(self, group: dict[str, Any]) -> None:
-        """Give a new group its schedule, its peak and its first rate."""
-        schedule = group.get("schedule", self._settings["schedule"])
-        if isinstance(schedule, (list, tuple)):
-            schedule = Schedule.from_numbers(schedule)
-        check_schedule(schedule)
-        if schedule is None:
-            return
-        lr = group.get("lr", self.defaults["lr"])
-        peak = group.get("initial_lr", lr)
-        for value in (lr, self.defaults["lr"], peak):
-            if isinstance(value, Tensor):
-                raise ValueError(f"lr={value!r} is a tensor, which a schedule cannot drive: pass a float")
-        # one factor for all groups, as transformers: absolute levels are relative to the optimizer's own lr
-        group["schedule"] = schedule.resolve(self.defaults["lr"])
-        group["initial_lr"] = float(peak)
-        group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
-        group["k"] = group["k_at_step"] = 0
+        # torch's constructor adds the first groups
+        if "_counts" in self.__dict__:
+            self._notes.changed = True
+            self._counts.adopt(self.param_groups)
 
     def start_schedule(self, schedule: Schedule) -> None:
         """Begin `schedule` at its first update, in every group; moments and their step counts stay.
@@ -494,22 +394,18 @@ class FusedAdamW(Optimizer):
         """
         # None, which is allowed where a schedule is optional, is no schedule here
         check_schedule(schedule if schedule is not None else "None")
-        self._adopt_groups()
+        self._counts.adopt(self.param_groups)
         peaks = [group.get("initial_lr", group["lr"]) for group in self.param_groups]
-        for peak in (*peaks, self.defaults["lr"]):
-            if isinstance(peak, Tensor):
-                raise ValueError(f"lr={peak!r} is a tensor, which a schedule cannot drive: pass a float")
+        check_rates(*peaks, self.defaults["lr"])
         resolved = schedule.resolve(self.defaults["lr"])
         for group, peak in zip(self.param_groups, peaks, strict=True):
             set_quietly(group, "schedule", resolved)
             set_quietly(group, "initial_lr", float(peak))
         self._settings["schedule"] = schedule
         self._notes.changed = True
-        self._k_loaded = None
-        start = [0] * len(self.param_groups)
-        self._place_k(start)
-        self._show(start)
-        self._warn_absolute()
+        self._counts.go_to(self.param_groups, [0] * len(self.param_groups))
+        self._counts.k_loaded = None
+        warn_absolute(self.param_groups, schedule, self.defaults["lr"])
 
     def extend_schedule(self, total_steps: int) -> None:
         """Lengthen a running schedule on purpose: from here on as if it had been built with `total_steps`.
@@ -528,8 +424,8 @@ class FusedAdamW(Optimizer):
         >>> optimizer.param_groups[0]["schedule"]
         linear(total_steps=20)
         """
-        self._adopt_groups()
-        own = [group["schedule"] for group in self.param_groups if group.get("schedule") is not None]
+        self._counts.adopt(self.param_groups)
+        own = [group["schedule"] for group in self.param_groups if has_schedule(group)]
         if not own:
             raise ValueError("no group has a schedule that could be extended")
         now = max(schedule.total_steps or 0 for schedule in own)
@@ -537,14 +433,15 @@ class FusedAdamW(Optimizer):
             raise ValueError(f"total_steps={total_steps} is less than the schedule's {now}")
         longer = iter([schedule.with_total_steps(total_steps) for schedule in own])
         for group in self.param_groups:
-            if group.get("schedule") is not None:
+            if has_schedule(group):
                 set_quietly(group, "schedule", next(longer))
         if self._settings["schedule"] is not None:
             self._settings["schedule"] = self._settings["schedule"].with_total_steps(total_steps)
         self._notes.changed = True
-        # a rate that was used stays on show; one to come is another now
-        if list(self._shown) == list(self._mirror.k):
-            self._show(self._shown)
+        # a rate that shows the next step is another one now; a rate that was used stays
+        counts = self._counts
+        if list(counts.shown) == list(counts.k):
+            counts.show(self.param_groups, counts.shown)
 
     def coming_grad_norm(self) -> Tensor:
         """The gradient norm of the next step: a 0-dim view on the device, to be read after that step.
@@ -552,50 +449,10 @@ class FusedAdamW(Optimizer):
         For trainers that ask for the norm before the step and log it afterwards. Waits for nothing; joint
         groups only. nan while no step has needed a norm.
         """
-        prepared = self._prepared
-        self._place_counters(prepared.backend if prepared is not None else self._backend(warn=False))
-        return self._counters.grad_norm[0]
-
-    def _warn_absolute(self) -> None:
-        """An absolute floor is relative to `lr`; where no group has that rate, it is not what was meant."""
-        lr, schedule = self.defaults["lr"], self._settings["schedule"]
-        if schedule is None or schedule.resolve(lr) is schedule:
-            return
-        peaks = [group["initial_lr"] for group in self.param_groups if group.get("schedule") is not None]
-        if lr not in peaks:
-            warn(
-                f"{schedule!r} names a learning rate, which is taken relative to lr={lr:g}, but the groups' "
-                f"peaks are {', '.join(f'{peak:g}' for peak in peaks)}: pass lr= to the optimizer too"
-            )
-
-    def _adopt_groups(self) -> None:
-        """Wrap groups that were put into `param_groups` from outside, and count the steps of new ones."""
-        for i, group in enumerate(self.param_groups):
-            if isinstance(group, ParamGroup) and group.belongs_to(self._notes):
-                continue
-            self.param_groups[i] = wrapped = ParamGroup(group, self._notes)
-            if isinstance(wrapped.get("schedule"), (list, tuple)):
-                set_quietly(wrapped, "schedule", Schedule.from_numbers(wrapped["schedule"]))
-            schedule = wrapped.get("schedule")
-            if schedule is not None and "initial_lr" in wrapped and i < len(self._shown):
-                # a plain dict does not tell who wrote; a rate that is not ours did come from outside
-                ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self._shown[i], self._mirror.k[i])}
-                if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
-                    self._notes.writes.add(id(wrapped))
-        if len(self.param_groups) != len(self._mirror.k):
-            k = (self._read_k() + [0] * len(self.param_groups))[: len(self.param_groups)]
-            self._resize_counters(len(k))
-            self._place_k(k)
-            self._shown = (self._shown + [0] * len(k))[: len(k)]
-        for group in self.param_groups:
-            # a schedule assigned to a running group is resolved as one given at the start
-            if group.get("schedule") is not None:
-                check_schedule(group["schedule"])
-                set_quietly(group, "schedule", group["schedule"].resolve(self.defaults["lr"]))
-                if "initial_lr" not in group:
-                    set_quietly(group, "initial_lr", float(group["lr"]))
-
-    # --- what the host shows
+        backend = self._choose_backend(warn=False)
+        device = device_of(self.param_groups, self._counts.counters.k.device)
+        self._counts.place_on(device, fp32=backend.single)
+        return self._counts.counters.grad_norm[0]
 
     @property
     @eager
@@ -603,7 +460,7 @@ class FusedAdamW(Optimizer):
         """A view of the schedule with the face of an `LRScheduler`, for trainers and loggers."""
         view = self._view() if self._view is not None else None
         if view is None:
-            view = ScheduleView(self)
+            view = ScheduleView(self, self._counts)
             # weak: the view holds the optimizer, and a cycle would keep its memory until the next collection
             self._view = weakref.ref(view)
         return view
@@ -616,7 +473,7 @@ class FusedAdamW(Optimizer):
             `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef`
             and `skipped` (steps) 0-dim, or of shape (groups,) when groups are independent.
         """
-        c = self._counters
+        c = self._counts.counters
         shared = {"grad_norm": c.grad_norm, "coef": c.coef, "skipped": c.skipped}
         if self._joint:
             shared = {name: value[0] for name, value in shared.items()}
@@ -629,107 +486,30 @@ class FusedAdamW(Optimizer):
         Never waits: on a GPU these are the numbers as they stood at an earlier call, or at an earlier
         `scheduler.step()`; called every step they are a few steps old. On the CPU they are current.
         """
-        self._mirror.refresh()
-        values = self._mirror.metrics
+        self._counts.refresh()
+        values = self._counts.metrics
         if self._joint:
             return {k: list(v) if k in ("lr", "step") else v[0] for k, v in values.items()}
         return {name: list(value) for name, value in values.items()}
 
-    def _show(self, k: list[int]) -> None:
-        """Put the rate of step `k` of every scheduled group into `group["lr"]`."""
-        self._shown = list(k)
-        for step, group in zip(k, self.param_groups, strict=False):
-            if group.get("schedule") is not None:
-                rate = group["schedule"].lr_at(step, group["initial_lr"])
-                set_quietly(group, "lr", rate)
-                self._notes.writes.discard(id(group))
-
-    def _show_next(self) -> None:
-        self._adopt_groups()
-        self._mirror.refresh()
-        self._show(self._mirror.k)
-
-    def _shown_step(self) -> int:
-        return self._shown[0]
-
-    # --- counters
-
     def _trainable(self) -> Iterable[Tensor]:
-        return trainable(self.param_groups)
-
-    def _device(self, default: torch.device) -> torch.device:
-        # a model on the meta device is filled in later
-        return next((p.device for p in self._trainable() if p.device.type != "meta"), default)
-
-    def _place_counters(self, backend: backends.Backend) -> None:
-        """Keep the counters on the device of the first trainable parameter, and as the backend counts."""
-        device = self._device(self._counters.k.device)
-        if device != self._counters.k.device:
-            old, k = self._counters, self._read_k()
-            self._counters = Counters.zeros(len(k), device)
-            self._prepared = None
-            self._counters.counts[1:] = old.counts[1:].to(device)
-            self._place_k(k)
-        if backend.single:
-            self._counters.use_fp32()
-
-    def _resize_counters(self, groups: int) -> None:
-        old, device = self._counters, self._counters.k.device
-        self._counters = Counters.zeros(groups, device)
-        # what it would repeat counts in the old ones
-        self._prepared = None
-        # what a backend keeps for an optimizer, and captured graphs read, lives as long as this does
-        self._counters.math = old.math
-        kept = min(groups, old.k.numel())
-        self._counters.counts[1:, :kept] = old.counts[1:, :kept]
-        self._counters.used[:, :kept] = old.used[:, :kept]
-
-    def _place_k(self, k: list[int]) -> None:
-        self._counters.k.copy_(torch.tensor(k, device="cpu"))
-        self._mirror.attach(self._counters)
-
-    def _read_k(self) -> list[int]:
-        """Updates made per group, from the device (waits for it)."""
-        self._mirror.sync()
-        k = list(self._mirror.k)
-        # the host ran ahead by the steps that were skipped
-        if any(shown > now for shown, now in zip(self._shown, k, strict=False)):
-            self._show(k)
-        return k
-
-    def _set_k(self, k: list[int]) -> None:
-        """Continue every group's schedule here; a checkpoint loaded before the next step keeps it so."""
-        self._k_loaded = list(k)
-        self._place_k(k)
-        self._show(k)
-
-    # --- state
+        return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; groups with a schedule also carry it in plain numbers, with their step count.
 
         Reads the counters from the device.
         """
-        self._adopt_groups()
-        latest = checkpoint.max_steps(self.param_groups, self.state, joint=self._joint)
-        for group, k, t in zip(self.param_groups, self._read_k(), latest, strict=True):
-            if group.get("schedule") is not None:
-                set_quietly(group, "k", k)
-                set_quietly(group, "k_at_step", t)
+        self._counts.adopt(self.param_groups)
+        k = self._counts.read(self.param_groups)
+        checkpoint.note_counts(self.param_groups, self.state, k, joint=self._joint)
         # post-hooks are to see what is saved, so they run on the finished dict
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
             state_dict = super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = hooks
-        for packed, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            if isinstance(packed.get("schedule"), Schedule):
-                packed["schedule"] = packed["schedule"].to_numbers()
-            # a file of torch's may have it, and it would not load into stock AdamW on the CPU
-            packed["capturable"] = False
-            # stock AdamW then keeps its step counts on the device
-            if any(p.device.type == "cuda" for p in group["params"]):
-                packed["fused"] = True
+        checkpoint.in_plain_numbers(state_dict["param_groups"], self.param_groups)
         for hook in hooks.values():
             result = hook(self, state_dict)
             if result is not None:
@@ -751,19 +531,21 @@ class FusedAdamW(Optimizer):
             result = hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        self._adopt_groups()
-        by_id = checkpoint.check(self, state_dict)
-        k = checkpoint.load_k(self, state_dict)
-        checkpoint.report_disagreement(self, state_dict["param_groups"])
-        groups = checkpoint.load_groups(self, state_dict["param_groups"])
-        state = checkpoint.load_state(self, state_dict["state"], by_id)
+        self._counts.adopt(self.param_groups)
+        saved, joint = state_dict.get("param_groups", []), self._joint
+        by_id = checkpoint.check(self.param_groups, state_dict)
+        k = checkpoint.load_k(state_dict, joint=joint)
+        checkpoint.report_disagreement(self.param_groups, saved)
+        groups = checkpoint.load_groups(self.param_groups, saved, joint=joint)
+        state = checkpoint.load_state(self.state, state_dict["state"], by_id, self._settings["state_dtype"])
         loaded = type(self.state)(dict)
         loaded.update(state)
         self.__setstate__({"state": loaded, "param_groups": groups})
         # a scheduler's state loaded just before wins, once: the next file is another one
-        self._place_k(k if self._k_loaded is None else self._k_loaded)
-        self._k_loaded = None
-        self._show(self._mirror.k)
+        counts = self._counts
+        counts.adopt(self.param_groups)
+        counts.go_to(self.param_groups, k if counts.k_loaded is None else counts.k_loaded)
+        counts.k_loaded = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -772,8 +554,8 @@ class FusedAdamW(Optimizer):
         return {
             **super().__getstate__(),
             "_settings": self._settings,
-            "_k": self._read_k(),
-            "_skipped": self._counters.skipped.tolist(),
+            "_k": self._counts.read(self.param_groups),
+            "_skipped": self._counts.counters.skipped.tolist(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -781,11 +563,10 @@ class FusedAdamW(Optimizer):
         state = dict(state)
         k, skipped = state.pop("_k", None), state.pop("_skipped", None)
         super().__setstate__(state)
-        self.__dict__.setdefault("_notes", Notes()).writes.clear()
-        if "_plan" in self.__dict__:
-            # what was packed belongs to the state that is being replaced
-            self._plan.forget()
-            self._prepared = None
+        self.__dict__.setdefault("_notes", Notes()).lr_assigned.clear()
+        # the plan belongs to the state that is being replaced
+        self._plan = None
+        self._notes.changed = True
         self.param_groups = [ParamGroup(group, self._notes) for group in self.param_groups]
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -796,8 +577,6 @@ class FusedAdamW(Optimizer):
                 set_quietly(group, "k_at_step", group.get("k_at_step", 0))
         if k is not None:
             self._start(k, skipped)
-
-    # --- settings
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -812,11 +591,8 @@ class FusedAdamW(Optimizer):
     @property
     def nonfinite(self) -> str:
         """`"skip"` or `"propagate"`."""
-        return self._nonfinite(self.max_grad_norm)
-
-    def _nonfinite(self, max_grad_norm: float | None) -> str:
-        default = "skip" if max_grad_norm is not None else "propagate"
-        return self._settings["nonfinite"] or default
+        skips = skips_nonfinite(self._settings["nonfinite"], self.max_grad_norm)
+        return "skip" if skips else "propagate"
 
     @property
     def groups(self) -> str:
@@ -830,10 +606,10 @@ class FusedAdamW(Optimizer):
     @property
     def backend(self) -> str:
         """Name of the backend that runs the step."""
-        return self._backend(warn=False).name
+        return self._choose_backend(warn=False).name
 
-    def _backend(self, warn: bool = True) -> backends.Backend:
-        devices = {p.device for p in self._trainable()}
+    def _choose_backend(self, warn: bool = True) -> backends.Backend:
+        devices = devices_of(self.param_groups)
         backend = backends.choose(self._settings["backend"], devices)
         fallback = backend.name == "reference" and backends.requested(self._settings["backend"])[0] == "auto"
         if warn and fallback and not self._warned_fallback:

@@ -2,6 +2,7 @@
 
 Any device, any float dtype, no host sync: rate, norm, skip and counters are device tensors and `torch.where`,
 so the step can be captured in a CUDA graph; a captured step keeps the hyperparameters it was captured with.
+A step has two stages, `norm_` and `update_`; between them the scopes' sums of squares lie on the device.
 """
 
 from __future__ import annotations
@@ -9,17 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fusedlr.schedule import Schedule, evaluate
 
-# of a row, and of AdamW's state under the same names; the last only with amsgrad
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
-_CLIP_EPS = 1e-6
+CLIP_EPS = 1e-6
 # uploaded tables kept per optimizer, far more than there are groups with a table of their own
 _MAX_TABLES = 64
 
@@ -34,39 +33,73 @@ def move(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> T
     return x.to(device, dtype or x.dtype, non_blocking=device.type != "cpu")
 
 
-@dataclass
-class Row:
-    """One tensor of the step; all but `step` have the parameter's shape."""
+def capturing(device: torch.device) -> bool:
+    """Whether what is queued now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One tensor of the step, whose gradient is `param.grad` or missing.
+
+    A row keeps no tensor but its parameter alive, so that moments can be offloaded between steps.
+    """
+
+    group: int  # index of its param group
     param: Tensor
-    grad: Tensor
-    exp_avg: Tensor  # m
-    exp_avg_sq: Tensor  # v
-    max_exp_avg_sq: Tensor | None  # only with amsgrad
-    step: Tensor  # t_i, updates applied to this tensor; 0-dim float32
+    all_state: dict[Tensor, dict[str, Any]]  # of the optimizer: parameter -> what is kept for it
+    names: tuple[str, ...]  # those of `columns.STATE` that a step of this tensor needs
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors under these names, of the parameter's shape."""
+        entry = self.all_state[self.param]
+        return {name: entry[name] for name in self.names}
+
+    @property
+    def step(self) -> Tensor:
+        """The updates applied to this tensor, t; 0-dim float32."""
+        return self.all_state[self.param]["step"]
+
+    @staticmethod
+    def alone(group: int, param: Tensor, state: dict[str, Tensor], step: Tensor) -> Row:
+        """A row with state of its own."""
+        return Row(group, param, {param: {**state, "step": step}}, tuple(state))
 
     def written(self) -> list[Tensor]:
         """The tensors that a step writes."""
-        tensors = (self.param, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq, self.step)
-        return [x for x in tensors if x is not None]
+        return [self.param, *self.state.values(), self.step]
 
 
 @dataclass(frozen=True)
 class GroupStep:
-    """What the step needs of one param group."""
+    """What a step needs of one param group."""
 
-    index: int
-    rows: Sequence[Row]
-    lr: Schedule | float | Tensor  # a schedule is evaluated on the device, at k
+    schedule: Schedule | None  # evaluated on the device, at k; None: the rate is given
+    lr: Tensor | None  # a rate that is given as a tensor; None: a number, which is among the inputs of a step
     peak: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    amsgrad: bool
     maximize: bool
+    scope: int  # index of the scope
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Groups that are normed, clipped, skipped and counted together.
+
+    A scope makes a step when one of its tensors has a gradient, or else if it `always` does.
+    """
+
     max_grad_norm: float | None
     skip_nonfinite: bool  # skip a step whose gradient norm is not finite
-    advance: bool = True  # whether k counts this step
+    always: bool
+
+    @property
+    def normed(self) -> bool:
+        """Whether the norm of its gradients is needed."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
 
 
 @dataclass(frozen=True)
@@ -75,6 +108,63 @@ class Signals:
 
     grad_scale: Tensor | float | None = None
     found_inf: Tensor | float | None = None
+
+
+class Inputs(Protocol):
+    """What is new in every step, for all rows and groups; the watch of a plan has it."""
+
+    @property
+    def gradients(self) -> Sequence[int]:
+        """Per row the address of its gradient, 0 where there is none."""
+
+    @property
+    def rates(self) -> Sequence[float]:
+        """Per group the rate that is given as a number, nan where it is a tensor."""
+
+    @property
+    def gradients_at(self) -> int:
+        """Where `gradients` lie in memory, as unsigned 64-bit integers."""
+
+    @property
+    def rates_at(self) -> int:
+        """Where `rates` lie in memory, as doubles."""
+
+    @property
+    def presence(self) -> int:
+        """Another number whenever other rows have a gradient than in the step before."""
+
+    def increment_versions(self) -> None:
+        """Tell autograd that the parameters that have a gradient are written to."""
+
+
+class Made(NamedTuple):
+    """What a step on the CPU tells of every group; a step on a GPU keeps it on the device."""
+
+    k: list[int]
+    skips_in_row: list[int]
+    lr: list[float]  # the rate used, or of a group that made no step the rate of its next one
+
+
+class Stepper(Protocol):
+    """A step made ready by a backend for rows, groups and scopes; it may be run any number of times.
+
+    Between `norm` and `update`, `Counters.squares` has the sums of squares of this process.
+    """
+
+    def assign(self, groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> None:
+        """Take new options; called before the first step too."""
+
+    def norm(self, signals: Signals) -> None:
+        """Write the scopes' sums of squares."""
+
+    def update(self, signals: Signals) -> Made | None:
+        """Decide by the sums of squares, evaluate the schedules, update and count."""
+
+    def step(self, signals: Signals) -> Made | None:
+        """Both stages in one."""
+
+    def active(self) -> Sequence[bool]:
+        """Per group whether its scope has made the last step, skipped ones included."""
 
 
 class TensorMath:
@@ -128,100 +218,162 @@ class Counters:
             step that found other tensors than it was captured with, and did nothing).
         used: of shape (3, groups). Its rows are `lr`, `grad_norm` (nan where none was needed) and `coef` (of
             clipping, 1 where nothing was clipped).
+        squares: of shape (groups,) and never empty, the dtype of `used`: in the first places, per scope, the
+        sum
+            of squares of the unscaled gradients of the step under way.
+        graphs: what a GPU backend must keep for the CUDA graphs that have captured its steps; it goes on with
+            the optimizer when the counters are replaced.
     """
 
     counts: Tensor
     used: Tensor
+    squares: Tensor
     math: TensorMath = field(repr=False)
+    graphs: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Name the rows."""
         self.k, self.skipped, self.skips_in_row, self.stale = self.counts.unbind()
-        self.use(self.used)
-
-    def use(self, used: Tensor) -> None:
-        """Keep what a step used in another tensor of this shape."""
-        self.used = used
-        self.lr, self.grad_norm, self.coef = used.unbind()
+        self.lr, self.grad_norm, self.coef = self.used.unbind()
 
     def use_fp32(self) -> None:
-        """Keep what a step used in fp32, for kernels that have no fp64."""
+        """Keep what a step uses in fp32, for kernels that have no fp64."""
         if self.used.dtype != torch.float32:
-            self.use(self.used.float())
+            self.used = self.used.float()
+            self.lr, self.grad_norm, self.coef = self.used.unbind()
+        self.squares = self.squares.float()
 
     @staticmethod
     def zeros(groups: int, device: torch.device) -> Counters:
         """Counters of an optimizer that has made no step."""
+        dtype = scalar_dtype(device)
         counts = torch.zeros((4, groups), dtype=torch.int64, device=device)
-        counters = Counters(
-            counts, torch.zeros((3, groups), dtype=scalar_dtype(device), device=device), TensorMath(device)
-        )
+        used = torch.zeros((3, groups), dtype=dtype, device=device)
+        # the joint scope is there without groups, too
+        squares = torch.zeros(max(groups, 1), dtype=dtype, device=device)
+        counters = Counters(counts, used, squares, TensorMath(device))
         counters.grad_norm.fill_(math.nan)
         counters.coef.fill_(1)
         return counters
 
 
-@torch.no_grad()
-def step_(groups: Sequence[GroupStep], counters: Counters, signals: Signals, *, joint: bool) -> None:
-    """Make one optimizer step, in place.
+class ReferenceStepper:
+    """Runs the stages below: the `Stepper` of the reference."""
 
-    Backends have the same signature. One that has them at hand returns, per group, `k`, `skips_in_row` and
-    the rate used, in plain numbers; None is for the host to find out.
+    def __init__(self, rows: Sequence[Row], counters: Counters, inputs: Inputs) -> None:
+        self._rows, self._counters, self._inputs = rows, counters, inputs
+        self._groups: Sequence[GroupStep] = ()
+        self._scopes: Sequence[Scope] = ()
+
+    def assign(self, groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> None:
+        """Take new options."""
+        self._groups, self._scopes = groups, scopes
+
+    @torch.no_grad()
+    def norm(self, signals: Signals) -> None:
+        """Write the scopes' sums of squares."""
+        norm_(self._rows, self._groups, self._scopes, self._counters, signals)
+
+    @torch.no_grad()
+    def update(self, signals: Signals) -> None:
+        """Decide, update and count."""
+        rates = self._inputs.rates
+        update_(self._rows, self._groups, self._scopes, self._counters, signals, rates)
+
+    def step(self, signals: Signals) -> None:
+        """Both stages in one."""
+        self.norm(signals)
+        self.update(signals)
+
+    def active(self) -> list[bool]:
+        """Per group whether its scope has made the last step."""
+        active = active_scopes(self._rows, self._groups, self._scopes)
+        return [active[group.scope] for group in self._groups]
+
+
+def active_scopes(rows: Sequence[Row], groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> list[bool]:
+    """Per scope whether it makes a step with the gradients that there are now."""
+    stepped = {groups[row.group].scope for row in rows if row.param.grad is not None}
+    return [scope.always or i in stepped for i, scope in enumerate(scopes)]
+
+
+def norm_(
+    rows: Sequence[Row],
+    groups: Sequence[GroupStep],
+    scopes: Sequence[Scope],
+    counters: Counters,
+    signals: Signals,
+) -> None:
+    """Write the sums of squares of the unscaled gradients, of every scope that needs a norm."""
+    xp = counters.math
+    factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
+    for i, scope in enumerate(scopes):
+        if scope.normed:
+            grads = [row.param.grad for row in rows if groups[row.group].scope == i]
+            counters.squares[i] = sum_of_squares([g for g in grads if g is not None], factor, xp)
+
+
+def update_(
+    rows: Sequence[Row],
+    groups: Sequence[GroupStep],
+    scopes: Sequence[Scope],
+    counters: Counters,
+    signals: Signals,
+    rates: Sequence[float],
+) -> None:
+    """One step of every scope that makes one, in place, by the sums of squares that `norm_` has left.
 
     Args:
-        groups: every param group in order, with the rows that have a gradient.
+        rows: tensors in the order of their groups; one without a gradient stays as it is.
+        groups: every param group in order.
+        scopes: every scope.
         counters: of all groups; `k`, `skipped` and the values used are updated.
         signals: the scaler's `grad_scale` and `found_inf`; any `found_inf` but 0, nan included, skips.
-        joint: one norm, one decision to skip and one advance over all groups, else one per group.
+        rates: per group the rate of a group without a schedule whose rate is a number.
     """
-    for scope in [groups] if joint else [[group] for group in groups if group.rows]:
-        _scope_step_(scope, counters, signals)
-
-
-def _scope_step_(scope: Sequence[GroupStep], counters: Counters, signals: Signals) -> None:
-    """One step of the groups that are clipped and skipped together."""
     xp = counters.math
-    max_grad_norm, skip_nonfinite = scope[0].max_grad_norm, scope[0].skip_nonfinite
-    skip = torch.zeros((), dtype=torch.bool, device=xp.device)
-    if signals.found_inf is not None:
-        skip = xp.scalar(signals.found_inf) != 0
-    # what multiplies every gradient; None rather than 1, so that untouched gradients cost nothing
-    factor = None
-    if signals.grad_scale is not None:
-        factor = 1 / xp.scalar(signals.grad_scale)
-    norm, coef = xp.scalar(math.nan), xp.scalar(1)
-    if max_grad_norm is not None or skip_nonfinite:
-        norm = grad_norm([row.grad for group in scope for row in group.rows], factor, xp)
-    if skip_nonfinite:
-        skip = skip | ~torch.isfinite(norm)
-    if max_grad_norm is not None:
-        coef = (max_grad_norm / (norm + _CLIP_EPS)).clamp(max=1)
-        factor = coef if factor is None else factor * coef
+    active = active_scopes(rows, groups, scopes)
+    for s, scope in enumerate(scopes):
+        if not active[s]:
+            continue
+        skip = torch.zeros((), dtype=torch.bool, device=xp.device)
+        if signals.found_inf is not None:
+            skip = xp.scalar(signals.found_inf) != 0
+        # what multiplies every gradient; None rather than 1, so that untouched gradients cost nothing
+        factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
+        norm = xp.scalar(counters.squares[s]).sqrt() if scope.normed else xp.scalar(math.nan)
+        coef = xp.scalar(1)
+        if scope.skip_nonfinite:
+            skip = skip | ~torch.isfinite(norm)
+        if scope.max_grad_norm is not None:
+            coef = (scope.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+            factor = coef if factor is None else factor * coef
+        for i, group in enumerate(groups):
+            if group.scope != s:
+                continue
+            if group.schedule is not None:
+                ratio = evaluate(group.schedule.phases, counters.k[i], group.schedule.table, xp)
+                lr = group.peak * xp.scalar(ratio)
+            else:
+                lr = xp.scalar(rates[i] if group.lr is None else group.lr)
+            for row in rows:
+                if row.group == i and row.param.grad is not None:
+                    adamw_(row, group, lr, factor, skip)
+            counters.lr[i], counters.grad_norm[i], counters.coef[i] = lr, norm, coef
+            counters.k[i] += ~skip
+            counters.skipped[i] += skip
+            counters.skips_in_row[i] = (counters.skips_in_row[i] + 1) * skip
 
-    for group in scope:
-        i = group.index
-        lr = (
-            xp.scalar(group.lr)
-            if not isinstance(group.lr, Schedule)
-            else (group.peak * xp.scalar(evaluate(group.lr.phases, counters.k[i], group.lr.table, xp)))
-        )
-        for row in group.rows:
-            adamw_(row, group, lr, factor, skip)
-        counters.lr[i], counters.grad_norm[i], counters.coef[i] = lr, norm, coef
-        counters.k[i] += ~skip if group.advance else 0
-        counters.skipped[i] += skip
-        counters.skips_in_row[i] = (counters.skips_in_row[i] + 1) * skip
 
-
-def grad_norm(grads: Sequence[Tensor], factor: Tensor | None, xp: TensorMath) -> Tensor:
-    """L2 norm of `factor * grads` over all tensors: squares and sums in fp32, in fp64 for fp64 gradients."""
+def sum_of_squares(grads: Sequence[Tensor], factor: Tensor | None, xp: TensorMath) -> Tensor:
+    """Sum of squares of `factor * grads` over all tensors: in fp32 per tensor, in fp64 for fp64 gradients."""
     total = xp.scalar(0)
     for grad in grads:
         g = _compute(grad)
         if factor is not None:
             g = g * move(factor, g.device, g.dtype)
         total = total + xp.scalar(g.square().sum())
-    return total.sqrt()
+    return total
 
 
 def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: Tensor) -> None:
@@ -232,8 +384,10 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     2**22 numbers between 0 and 1 a fifth on an AMD EPYC, torch 2.13). The compiled steps round it correctly.
     `bc = 1 - b**t` is written as `-expm1(t*log(b))`, which keeps its digits at small `t`.
     """
+    assert row.param.grad is not None
     b1, b2 = group.betas
-    p, m, v = _compute(row.param), _compute(row.exp_avg), _compute(row.exp_avg_sq)
+    state = row.state
+    p, m, v = _compute(row.param), _compute(state["exp_avg"]), _compute(state["exp_avg_sq"])
     device, dtype = p.device, p.dtype
     lr, skip = move(lr, device), move(skip, device)
 
@@ -241,7 +395,7 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     bc1 = -torch.expm1(t.to(lr.dtype) * _log(b1))
     bc2 = -torch.expm1(t.to(lr.dtype) * _log(b2))
 
-    g = _compute(row.grad)
+    g = _compute(row.param.grad)
     if factor is not None:
         g = g * move(factor, device, dtype)
     if group.maximize:
@@ -250,16 +404,16 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     m = m + (g - m) * (1 - b1)
     # in this order, as torch: the square of a finite gradient may overflow
     v = b2 * v + ((1 - b2) * g) * g
-    largest = v
-    if row.max_exp_avg_sq is not None:
-        largest = torch.maximum(_compute(row.max_exp_avg_sq), v)
-    denominator = largest.sqrt() / bc2.sqrt().to(dtype) + group.eps
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    divisor = v
+    if "max_exp_avg_sq" in state:
+        divisor = new["max_exp_avg_sq"] = torch.maximum(_compute(state["max_exp_avg_sq"]), v)
+    denominator = divisor.sqrt() / bc2.sqrt().to(dtype) + group.eps
     p = p - (lr / bc1).to(dtype) * (m / denominator)
 
     # `where` and not a product: what a skipped step computed may be nan
-    for tensor, new in ((row.param, p), (row.exp_avg, m), (row.exp_avg_sq, v), (row.max_exp_avg_sq, largest)):
-        if tensor is not None:
-            tensor.copy_(torch.where(skip, tensor, new.to(tensor.dtype)))
+    for old, value in ((row.param, p), *((state[name], value) for name, value in new.items())):
+        old.copy_(torch.where(skip, old, value.to(old.dtype)))
     row.step.copy_(t)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fusedlr.checkpoint import report_lambda_lr
+from fusedlr.counts import Counts
 from fusedlr.eager import eager
-
-if TYPE_CHECKING:
-    from fusedlr.optimizer import FusedAdamW
 
 
 class ScheduleView(LRScheduler):
@@ -24,9 +23,10 @@ class ScheduleView(LRScheduler):
     # `fusedlr.from_torch` knows this class by this attribute
     is_fusedlr_view = True
 
-    def __init__(self, optimizer: FusedAdamW) -> None:
+    def __init__(self, optimizer: Optimizer, counts: Counts) -> None:
         # not LRScheduler.__init__: it would wrap optimizer.step and write group["lr"]
-        self.optimizer: FusedAdamW = optimizer
+        self.optimizer = optimizer
+        self._counts = counts
 
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]
@@ -36,7 +36,7 @@ class ScheduleView(LRScheduler):
     @property
     def last_epoch(self) -> int:
         """The step whose rate `get_last_lr` gives, counted from 0."""
-        return self.optimizer._shown_step()
+        return self._counts.shown[0]
 
     @last_epoch.setter
     def last_epoch(self, value: int) -> None:
@@ -61,7 +61,7 @@ class ScheduleView(LRScheduler):
     @eager
     def step(self, epoch: int | None = None) -> None:
         """Show the rate of the coming update in `group["lr"]`. `epoch` is accepted and has no effect."""
-        self.optimizer._show_next()
+        self._counts.show_next(self.optimizer.param_groups)
 
     @eager
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
@@ -77,7 +77,8 @@ class ScheduleView(LRScheduler):
 
         A `LambdaLR` that loads it leaves `k` alone and counts on in `last_epoch`: `k_at_epoch` tells how far.
         """
-        k = self.optimizer._read_k()
+        groups = self.optimizer.param_groups
+        k = self._counts.read(groups)
         return {
             "base_lrs": self.base_lrs,
             "last_epoch": self.last_epoch,
@@ -85,7 +86,7 @@ class ScheduleView(LRScheduler):
             "_is_initial": False,
             "_get_lr_called_within_step": False,
             "_last_lr": self.get_last_lr(),
-            "lr_lambdas": [None] * len(self.optimizer.param_groups),
+            "lr_lambdas": [None] * len(groups),
             "k": k,
             "k_at_epoch": self.last_epoch,
         }
@@ -99,12 +100,12 @@ class ScheduleView(LRScheduler):
         Raises:
             ValueError: there is no usable `last_epoch` in it.
         """
-        groups = len(self.optimizer.param_groups)
+        groups = self.optimizer.param_groups
         k = state_dict.get("k")
         try:
             epoch = operator.index(state_dict.get("last_epoch"))  # type: ignore[arg-type]
-            steps = [epoch] * groups
-            if isinstance(k, list) and len(k) == groups and "k_at_epoch" in state_dict:
+            steps = [epoch] * len(groups)
+            if isinstance(k, list) and len(k) == len(groups) and "k_at_epoch" in state_dict:
                 steps = [operator.index(step) + epoch - state_dict["k_at_epoch"] for step in k]
         except TypeError:
             raise ValueError(
@@ -112,8 +113,9 @@ class ScheduleView(LRScheduler):
             ) from None
         if min(steps) < 0:
             raise ValueError(f"last_epoch={min(steps)} in the scheduler's state is negative")
-        report_lambda_lr(self.optimizer, state_dict, epoch)
-        self.optimizer._set_k(steps)
+        report_lambda_lr(groups, state_dict, epoch)
+        self._counts.go_to(groups, steps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return ScheduleView, (self.optimizer,)
+        # a copy is the view of the optimizer's copy
+        return operator.attrgetter("scheduler"), (self.optimizer,)

@@ -1,4 +1,6 @@
-"""The sources in csrc/ as a digest: setup.py compiles it into the modules, compiled.py compares at import."""
+"""The sources of the compiled modules as a digest: setup.py compiles it in, backends/compiled.py compares at
+import.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,16 @@ import hashlib
 from pathlib import Path
 
 
-def digest(csrc: Path, *more: Path) -> str:
-    """Of the C++ and CUDA files in the folder `csrc`, and of `more` files.
+def digest(root: Path) -> str:
+    """Of the C++ and CUDA files in the checkout at `root`, and of the names that their headers are made from.
 
-    "" if it is not our folder, as beside an installed package.
+    "" if it is not our checkout, as beside an installed package.
     """
-    if not (csrc / "cpu_module.cpp").is_file():
+    csrc = root / "csrc"
+    if not (csrc / "cpu" / "module.cpp").is_file():
         return ""
     total = hashlib.sha256()
-    for path in sorted((*csrc.glob("*.cpp"), *csrc.glob("*.cu"), *csrc.glob("*.h"))) + list(more):
+    paths = [path for pattern in ("*.cpp", "*.cu", "*.h") for path in csrc.rglob(pattern)]
+    for path in [*sorted(paths), root / "fusedlr" / "columns.py"]:
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()

@@ -37,7 +37,7 @@ if _INTERPRETED:
     _interpret_faster()
 _TOOLS = Path(__file__).parent / "tools"
 # no tests in them, and they need Triton
-collect_ignore = ["triton_compile.py", "triton_math_kernels.py"]
+collect_ignore = ["gpu/triton_compile.py", "gpu/triton_math_kernels.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,9 @@ from torch.optim import Optimizer
 
 import fusedlr
 from fusedlr import backends
-from fusedlr.reference import Counters, GroupStep, Signals
+from fusedlr.backends.order import StepInputs
+from fusedlr.columns import STATE
+from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK = 0.05
@@ -193,31 +196,84 @@ def module_at(path: Path) -> ModuleType:
 
 def counters(optimizer: fusedlr.FusedAdamW) -> Counters:
     """The counts that the device keeps."""
-    return optimizer._counters
+    return optimizer._counts.counters
 
 
 def uploaded_tables(optimizer: fusedlr.FusedAdamW) -> int:
     """How many tables of schedules are kept on the device."""
-    return len(optimizer._counters.math._tables)
+    return len(counters(optimizer).math._tables)
 
 
 def rates_given(optimizer: fusedlr.FusedAdamW) -> bool:
     """Whether a rate from outside waits for the next step."""
-    return bool(optimizer._notes.writes)
+    return bool(optimizer._notes.lr_assigned)
 
 
 def prepare_anew(optimizer: fusedlr.FusedAdamW) -> None:
     """Let the next step find everything out again."""
-    optimizer._prepared = None
+    optimizer._plan = None
 
 
 def step_as_prepared(optimizer: fusedlr.FusedAdamW) -> bool:
-    """Make the step if what was prepared for the last one still holds; returns whether it did."""
-    return optimizer._repeat()
+    """Make a step; returns whether it was made with the plan of the step before."""
+    before = optimizer._plan
+    optimizer.step()
+    return before is not None and optimizer._plan is before
+
+
+@dataclass
+class StepRow:
+    """One parameter of a step that no optimizer makes, with its gradient and state."""
+
+    param: Tensor
+    grad: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    step: Tensor
+
+    def of_group(self, index: int) -> Row:
+        """What the backends are given."""
+        self.param.grad = self.grad
+        state = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+        return Row.alone(index, self.param, state, self.step)
+
+
+@dataclass
+class StepGroup:
+    """One param group of such a step."""
+
+    rows: list[StepRow]
+    lr: float | Tensor | fusedlr.Schedule = 0.01
+    peak: float = math.nan
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    maximize: bool = False
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+
+    def options(self, scope: int) -> GroupStep:
+        """What the backends are given."""
+        schedule = self.lr if isinstance(self.lr, fusedlr.Schedule) else None
+        lr = self.lr if isinstance(self.lr, Tensor) else None
+        rest = self.betas, self.eps, self.weight_decay, self.maximize
+        return GroupStep(schedule, lr, self.peak, *rest, scope)
+
+
+def stepper(backend: str, groups: list[StepGroup], counts: Counters, joint: bool = True) -> Stepper:
+    """A backend's stepper for these groups."""
+    rows = [row.of_group(i) for i, group in enumerate(groups) for row in group.rows]
+    rates = [math.nan if isinstance(group.lr, fusedlr.Schedule) else group.lr for group in groups]
+    made = backends.BACKENDS[backend].prepare(rows, counts, StepInputs(rows, rates))
+    scoped = groups[:1] if joint else groups
+    scopes = [Scope(group.max_grad_norm, group.skip_nonfinite, always=joint) for group in scoped]
+    made.assign([group.options(0 if joint else i) for i, group in enumerate(groups)], scopes)
+    return made
 
 
 def run_step(
-    backend: str, groups: list[GroupStep], counts: Counters, signals: Signals, joint: bool = True
+    backend: str, groups: list[StepGroup], counts: Counters, signals: Signals, joint: bool = True
 ) -> None:
     """One step of a backend on groups that no optimizer has made."""
-    backends.BACKENDS[backend].step_(groups, counts, signals, joint=joint)
+    stepper(backend, groups, counts, joint).step(signals)

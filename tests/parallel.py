@@ -23,8 +23,8 @@ def scope(nodeid: str) -> str:
 
     >>> scope("tests/step/test_shapes.py::test_step[cpu]")
     'tests/step/test_shapes.py'
-    >>> scope("tests/test_triton_compile.py::test_ticket[other-sm_90]")
-    'tests/test_triton_compile.py[other-sm_90]'
+    >>> scope("tests/gpu/test_triton_compile.py::test_ticket[other-sm_90]")
+    'tests/gpu/test_triton_compile.py[other-sm_90]'
     >>> scope("tests/tools/test_build.py::test_wheel")
     'tests/tools/test_build.py::test_wheel'
     """

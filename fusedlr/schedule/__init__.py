@@ -20,7 +20,7 @@ from fusedlr.schedule.constructors import (
     warmup_stable_decay,
 )
 from fusedlr.schedule.convert import from_hf, from_torch, knows_hf
-from fusedlr.schedule.phases import SHAPES, Absolute, Phase, evaluate, phase_weights
+from fusedlr.schedule.phases import SHAPES, Absolute, Phase, evaluate, phase_weights, whole_and_rest
 from fusedlr.schedule.schedule import Schedule, check_schedule
 
 __all__ = [
@@ -47,4 +47,5 @@ __all__ = [
     "table",
     "total_steps",
     "warmup_stable_decay",
+    "whole_and_rest",
 ]

@@ -126,3 +126,11 @@ def evaluate(phases: Sequence[Phase], k: Any, table: Sequence[float] = (), xp: A
         level = phase.from_ * w0 + phase.to * w1
         value = level if value is None else xp.where(k >= phase.begin, level, value)
     return value
+
+
+def whole_and_rest(phase: Phase) -> tuple[int, float]:
+    """A phase's parameter as what kernels reduce in integers, and the rest."""
+    param = phase.shape_param
+    if phase.shape == "cosine":
+        return int(2 * param), 2 * param - int(2 * param)
+    return (int(param), 0.0) if phase.shape in ("restarts", "table") else (0, param)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import cases as suite
-import gpu_cases
 import harness
 import torch
-from gpu_cases import BF16, F16, F32
-from gpu_steps import MOMENTS
+from gpu import cases as gpu_cases
+from gpu.cases import BF16, F16, F32
+from gpu.steps import MOMENTS
 from tolerances import GPU_16_BIT_SHARE, GPU_RMS_FLOOR, GPU_RMS_RATIO, GPU_STEP, GPU_USED
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class Case:
     run: Callable[[str, bool], Outcome]
     steps: int
     large: bool = False
-    of_suite: bool = False  # of cases.py, not of gpu_cases.py
+    of_suite: bool = False  # of cases.py, not of gpu/cases.py
 
 
 def _of_suite(case: suite.Case, dtype: torch.dtype) -> Case:

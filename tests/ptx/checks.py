@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import schedule_parity
 import torch
-from schedule_zoo import PEAK, ZOO
+from schedule import schedule_parity
+from schedule.schedule_zoo import PEAK, ZOO
 
 import fusedlr
 

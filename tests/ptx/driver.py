@@ -2,7 +2,7 @@
 
 Nothing else in this folder knows how a step is launched. The host code is the project's own: it lays out
 tables on CPU tensors and launches as on a GPU, CUDA kernels through `fusedlr._cuda`, whose CUDA runtime is
-the machine, and Triton's through `triton_step.Launcher._run`, which is replaced.
+the machine, and Triton's through `launch` of backends/gpu/triton.py, which is replaced.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import cuda_compile
-from cuda_compile import CSRC, recipe
+from gpu import cuda_compile
+from gpu.cuda_compile import CSRC, recipe
 from torch import Tensor
 
-from fusedlr import backends, compiled, cuda_step, gpu, triton_step
+from fusedlr import backends, columns
+from fusedlr.backends import compiled
+from fusedlr.backends.gpu import cuda, triton
+from fusedlr.backends.gpu.arguments import NewArguments, StepArguments
+from fusedlr.reference import Signals
 
 from . import build
 from .machine import Machine
 
 ARCHS = (80, 90)
 BACKENDS = ("cuda", "triton")
+# what a step writes before it reads it
+TRACKED = ("partials", "squares")
 
 # kernel -> its PTX; of CUDA's all kernels of one type of parameters together
 Texts = dict[str, str]
@@ -61,21 +67,23 @@ def compile_cuda(library: Path) -> Path:
     nvcc = [*shlex.split(recipe().nvcc()), *recipe().NVCC_FLAGS.split(), *shlex.split(recipe().NVCC_OPTIONS)]
     for arch in ARCHS:
         nvcc += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
-    includes = [CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    # the folder that is built in has columns.h
+    includes = [".", pybind11.get_include(), sysconfig.get_path("include")]
     gcc = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
     sources = {
-        "module.o": [CSRC / "cuda_module.cpp", f'-DFUSEDLR_ARCHS="{" ".join(map(str, ARCHS))}"'],
+        "module.o": [CSRC / "cuda" / "module.cpp", f'-DFUSEDLR_ARCHS="{" ".join(map(str, ARCHS))}"'],
         "sources.o": [CSRC / "sources.cpp", "-DFUSEDLR_SOURCES=0"],
         "device.o": [runtime],
     }
 
     def make(folder: Path) -> None:
+        (folder / "columns.h").write_text(columns.header())
         commands = []
         for name, type_ in recipe().CUDA_TYPES.items():
             (folder / name).mkdir()
             defined = [f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}"]
-            command = [*nvcc, "--keep", "--keep-dir", folder / name, *defined]
-            commands.append([*command, "-c", CSRC / "cuda.cu", "-o", f"{name}.o"])
+            command = [*nvcc, "-I.", "--keep", "--keep-dir", folder / name, *defined]
+            commands.append([*command, "-c", CSRC / "cuda" / "step.cu", "-o", f"{name}.o"])
         commands += [[*gcc, "-c", *source, "-o", name] for name, source in sources.items()]
         build.run_all(commands, folder)
         objects = [*(f"{name}.o" for name in recipe().CUDA_TYPES), *sources]
@@ -84,8 +92,9 @@ def compile_cuda(library: Path) -> Path:
             ["g++", "-shared", *objects, library, f"-Wl,-rpath,{library.parent}", "-o", "_cuda.so"], folder
         )
 
-    files = [path for path in CSRC.iterdir() if path.is_file()]
-    return build.once("cuda", [*files, runtime], make, of=" ".join(map(str, [*nvcc, library])))
+    files = [path for path in (*CSRC.glob("*.*"), *(CSRC / "cuda").iterdir()) if path.is_file()]
+    says = " ".join(map(str, [*nvcc, library, columns.header()]))
+    return build.once("cuda", [*files, runtime], make, of=says)
 
 
 def compile_triton(other: Path | None = None) -> Path:
@@ -93,15 +102,16 @@ def compile_triton(other: Path | None = None) -> Path:
 
     In a process of its own: one that interprets cannot compile.
     """
-    tests, package = build.HERE.parent, build.ROOT / "fusedlr"
+    script, package = build.HERE.parent / "gpu" / "triton_compile.py", build.ROOT / "fusedlr"
     path = ":".join(map(str, [*([other] if other else []), build.ROOT, *sys.path[1:]]))
-    command = [sys.executable, tests / "triton_compile.py", *(f"sm_{arch}" for arch in ARCHS), "--ptx", "."]
+    command = [sys.executable, script, *(f"sm_{arch}" for arch in ARCHS), "--ptx", "."]
     environment = {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": "cache"}
     version = str(other) if other else import_module("importlib.metadata").version("triton")
-    used = [*package.glob("_triton*.py"), *(package / f"{x}.py" for x in ("tables", "schedule", "reference"))]
+    used = [script, *package.glob("backends/gpu/triton_*.py"), package / "schedule" / "phases.py"]
+    used += [package / "columns.py", package / "reference.py"]
     return build.once(
         "triton-other" if other else "triton",
-        [*used, tests / "triton_compile.py"],
+        used,
         lambda folder: build.run(command, folder, **environment),
         of=version,
     )
@@ -128,12 +138,12 @@ def kernel_name(symbol: str) -> str:
 
 def counters(optimizer: Any) -> Any:
     """The counters on the device: see fusedlr.reference.Counters."""
-    return optimizer._counters
+    return optimizer._counts.counters
 
 
 def set_steps(optimizer: Any, steps: list[int]) -> None:
     """Let every group of an optimizer be at a step."""
-    optimizer._set_k(steps)
+    optimizer._counts.place(steps)
 
 
 @cache
@@ -157,11 +167,10 @@ class Driver:
         compile_all(self.names, other)
         library = build.machine()
         self.machine = Machine(library)
-        # the step that is being launched: its launcher, arguments and rows, and rates that are tensors
-        self._launcher: Any = None
-        self._launch: Any = None
-        self._rows: list[Any] = []
-        self._rates: list[Tensor] = []
+        # the step that is being launched: who makes it, what its launches are given, and anew in every step
+        self._stepper: Any = None
+        self._arguments: Any = None
+        self._new: NewArguments | None = None
         self._errors: list[str] = []
         if "cuda" in self.names:
             self._cuda = compile_cuda(library)
@@ -198,7 +207,7 @@ class Driver:
         found = {}
         if "cuda" in self.names:
             for name in recipe().CUDA_TYPES:
-                found[f"cuda {name}"] = (self._cuda / name / f"cuda.compute_{arch}.ptx").read_text()
+                found[f"cuda {name}"] = (self._cuda / name / f"step.compute_{arch}.ptx").read_text()
         if "triton" in self.names:
             for name in self._described["kernels"]:
                 if name.endswith(f"sm_{arch}"):
@@ -228,68 +237,78 @@ class Driver:
         compiled.cuda, compiled.cuda_error = importlib.util.module_from_spec(spec), None
         spec.loader.exec_module(compiled.cuda)
         # who has asked before has been told of another module
-        cuda_step._not_here.cache_clear()
+        cuda._why_not_on.cache_clear()
 
     def _install_triton(self) -> None:
-        elsewhere = triton_step._not_here
-        triton_step._not_here = lambda device: None if device == "cpu" else elsewhere(device)
-        triton_step.Launcher._run = lambda launcher, *arguments: self._run_triton(*arguments)
+        elsewhere = triton._why_not_on
+        triton._why_not_on = lambda device: None if device == "cpu" else elsewhere(device)
+        triton.launch = lambda launch, arguments, device: self._run_triton(launch, arguments)
 
-    def _run_triton(self, kernel: Any, bucket: Any, args: tuple[Any, ...], amsgrad: bool) -> None:
+    def _run_triton(self, launch: triton.Launch, arguments: tuple[Any, ...]) -> None:
         """Launch as Triton does: addresses and 32-bit numbers, in the order of the kernel's arguments."""
-        types = [str(x) for x in args if type(x).__name__ == "dtype"]
-        kind = kernel.fn.__name__.removesuffix("_kernel")
+        types = [str(x) for x in arguments if type(x).__name__ == "dtype"]
+        kind = launch.kernel.fn.__name__.removesuffix("_kernel")
         moments = types[1] if kind == "step" else None
-        name = f"{kind} {types[0]} {moments} {amsgrad} sm_{self._arch}"
+        name = f"{kind} {types[0]} {moments} {launch.amsgrad} sm_{self._arch}"
         packed = b""
-        for x in args:
+        for x in arguments:
             if isinstance(x, Tensor):
                 packed += bytes(-len(packed) % 8) + struct.pack("<Q", x.data_ptr())
             elif type(x) is int:
                 packed += struct.pack("<i", x)
         facts = self._described["kernels"][name]
-        self.machine.launch(f"triton {name}", bucket.programs, facts["threads"], packed, facts["shared"])
+        self.machine.launch(f"triton {name}", launch.programs, facts["threads"], packed, facts["shared"])
 
     def launch_outdated(self, times: int) -> None:
         """Launch the last step as a CUDA graph would that was captured before its tensors moved."""
-        launch = self._launch
-        self._launcher.outdate()
+        stepper, graphs = self._stepper, self._arguments._graphs
+        captured = stepper._current(Signals())
+        graphs.pin("an earlier layout")
+        graphs.expect("another layout")
         for _ in range(times):
-            self._launcher._queue(self._launcher._launch, launch)
+            with self._arguments:
+                if isinstance(stepper, cuda.CudaStepper):
+                    launcher, given = captured
+                    launcher.step(*given)
+                else:
+                    stepper._launch_norms(captured)
+                    stepper._launch_updates(captured)
 
     def launch_again(self) -> None:
         """Launch the last step as it would be by now."""
-        launch = self._launch._replace(now=self._launcher._generation.number)
-        self._launcher._queue(self._launcher._launch, launch)
+        self._stepper.step(Signals())
 
     def tickets(self) -> Tensor:
         """Those taken in the last step, which its last launch has handed back."""
-        return self._launch.tickets
+        return self._arguments._graphs.tickets
 
     # what a launch may touch
 
     def watch_launches(self) -> None:
         """From now on, let a launch touch what its step is about, and nothing else."""
-        arrange, step, queue = gpu.Launcher.arrange, gpu.Launcher.step, gpu.Launcher._queue
+        new, enter = StepArguments.new, StepArguments.__enter__
 
-        def arranged(launcher: Any, rows: Any, *rest: Any) -> None:
-            self._rows = list(rows)
-            arrange(launcher, rows, *rest)
+        def renewed(arguments: StepArguments, *given: Any, **options: Any) -> NewArguments:
+            self._arguments, self._new = arguments, new(arguments, *given, **options)
+            return self._new
 
-        def stepped(launcher: Any, groups: Any, *arguments: Any, **options: Any) -> None:
-            self._rates = [group.lr for group in groups if isinstance(group.lr, Tensor)]
-            step(launcher, groups, *arguments, **options)
+        def entered(arguments: StepArguments) -> None:
+            for name in TRACKED:
+                # nothing has been written to it in this step
+                self.machine.undefine(getattr(arguments._arguments, name))
+            enter(arguments)
 
-        def queued(launcher: Any, launch: Any, *arguments: Any) -> None:
-            self._launcher = launcher
-            if arguments and isinstance(arguments[0], gpu.Launch):
-                self._launch = arguments[0]
-            # nothing has been written to them in this step
-            self.machine.undefine(self._launch.norms)
-            queue(launcher, launch, *arguments)
-
-        gpu.Launcher.arrange, gpu.Launcher.step, gpu.Launcher._queue = arranged, stepped, queued
+        StepArguments.new, StepArguments.__enter__ = renewed, entered  # type: ignore[method-assign]
+        for kind in (cuda.CudaStepper, triton.TritonStepper):
+            kind.step = self._noted(kind.step)  # type: ignore[method-assign]
         self.machine.before_launch(self._give_memory)
+
+    def _noted(self, step: Callable[[Any, Signals], None]) -> Callable[[Any, Signals], None]:
+        def noted(stepper: Any, signals: Signals) -> None:
+            self._stepper = stepper
+            step(stepper, signals)
+
+        return noted
 
     def _give_memory(self) -> None:
         try:
@@ -298,21 +317,21 @@ class Driver:
             for name, x in self._memory():
                 if x is not None and x.data_ptr() not in given:
                     given.add(x.data_ptr())
-                    self.machine.give(x, name, tracked=name == "norms")
+                    self.machine.give(x, name, tracked=name in TRACKED)
         except Exception as error:
             # it would be lost in the library that calls this
             self._errors.append(f"other: {error!r} before a launch")
 
     def _memory(self) -> Iterator[tuple[str, Tensor | None]]:
         """All tensors that the step's launches may touch."""
-        for name, x in zip(self._launch._fields, self._launch, strict=True):
-            if isinstance(x, Tensor):
-                yield name, x
-        yield "rates", self._launcher._rates
-        for i, row in enumerate(self._rows):
-            for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"):
-                yield f"{name}[{i}]", getattr(row, name)
-            # a step that repeats the last one has new gradients; a row that is a copy has no other
-            yield f"grad[{i}]", row.grad if row.param.grad is None else row.param.grad
-        for i, rate in enumerate(self._rates):
+        step = self._arguments
+        for some in (step._arguments, self._new):
+            for name, x in some._asdict().items():
+                if isinstance(x, Tensor):
+                    yield name, x
+        for i, row in enumerate(step._rows):
+            own = {"param": row.param, "grad": row.param.grad, **row.state, "step": row.step}
+            yield from ((f"{name}[{i}]", x) for name, x in own.items())
+        for i, rate in step._rate_tensors:
             yield f"lr[{i}]", rate
+        yield "copies of lr", step._copied_rates

@@ -48,11 +48,11 @@ _SMALL = (
 )
 KERNELS = {
     "cuda": (
-        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelILi497E\w*"),
-        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelILi497E\w*"),
-        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelILi497EfLb0E\w*"),
-        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelILi497EfLb1E\w*"),
-        Kernel("step bf16, bf16 moments", "cuda bf16", *_SMALL, r"\w*step_kernelILi497E\w*BF16ELb0E\w*"),
+        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelILi493E\w*"),
+        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelILi493E\w*"),
+        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelILi493EfLb0E\w*"),
+        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelILi493EfLb1E\w*"),
+        Kernel("step bf16, bf16 moments", "cuda bf16", *_SMALL, r"\w*step_kernelILi493E\w*BF16ELb0E\w*"),
     ),
     "triton": (
         Kernel("norm fp32", "triton norm fp32 None False", *_FP32),
@@ -143,8 +143,10 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, str
     for n in range(bounds):
         yield f"bound {n + 1} of {bounds} off by one", kernel.tails, put(_BOUND, _off_by_one, n)
     if kernel.name.startswith("norm"):
-        yield "no root of the sum", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32")
+        square = r"mul\.(?:rn\.)?f32(\s+%\w+), (%\w+), \2;"
+        yield "a gradient that is not squared", kernel.case, put(square, r"mov.b32\1, \2;")
         return
+    yield "no root of the sum of squares", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32")
     yield "counters change places", "skips", _swapped
     yield "a root left out of the update", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32", 0, _ALIGNMENT)
     yield "a quotient made a product", kernel.case, put(r"div\.rn\.f32", "mul.rn.f32", 0, _ALIGNMENT)

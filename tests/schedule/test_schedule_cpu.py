@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fusedlr
-from fusedlr import cpu
+from fusedlr.backends import cpu
 from schedule import schedule_parity
 from schedule.schedule_zoo import ZOO
 

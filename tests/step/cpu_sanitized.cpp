@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cpu.h"
+#include "cpu/step.h"
 
 using namespace fusedlr;
 
@@ -30,11 +30,12 @@ struct Memory {
 Schedule<double> every_shape() {
     Schedule<double> schedule;
     for (int64_t shape = kConstant; shape <= kTable; ++shape) {
-        const double shape_param = shape == kTable ? 1 : shape == kCosine ? 0.7 : 2;
+        const int64_t whole = shape == kRestarts ? 2 : shape == kTable || shape == kCosine ? 1 : 0;
+        const double shape_param = shape == kCosine ? 0.4 : 2;
         const int64_t begin = 1 + 2 * shape;
-        schedule.phases.push_back({begin, begin + 2, begin, 0.25, 1, shape, shape_param});
+        schedule.phases.push_back({begin, begin + 2, begin, 0.25, 1, shape, whole, shape_param});
     }
-    // read from shape_param on: the two steps of the phase and its end
+    // read from `whole` on: the two steps of the phase and its end
     schedule.table = {-1, 0.5, 0.25, 1};
     return schedule;
 }
@@ -45,32 +46,53 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
     const std::vector<int64_t> sizes = {0, 1, 3, 15, 16, 17, 1023, 1025, 8192, 8193, 90001};
     const size_t n = sizes.size();
     std::vector<std::unique_ptr<Memory>> memory;
-    std::vector<uintptr_t> columns[6];
-    for (const int64_t size : sizes) {
-        for (int i = 0; i < 6; ++i) {
-            const int64_t element = i < 2   ? size_of(param)
-                                    : i < 5 ? size_of(moments)
-                                            : int64_t(sizeof(float));
-            const int64_t n = i < 5 ? size : 1;
-            memory.push_back(std::make_unique<Memory>((n + offset) * element));
-            columns[i].push_back(reinterpret_cast<uintptr_t>(memory.back()->data + offset * element));
-        }
+    const auto allocate = [&](int64_t elements, int64_t size) {
+        memory.push_back(std::make_unique<Memory>((elements + offset) * size));
+        return reinterpret_cast<uintptr_t>(memory.back()->data + offset * size);
+    };
+    std::vector<Row> rows;
+    std::vector<uintptr_t> gradients;
+    for (size_t i = 0; i < n; ++i) {
+        rows.push_back({i < 5 ? size_t(0) : size_t(2),
+                        param,
+                        moments,
+                        sizes[i],
+                        allocate(sizes[i], size_of(param)),
+                        {},
+                        allocate(1, sizeof(float))});
+        for (int j = 0; j < kStates; ++j)
+            if (amsgrad || j != k_max_exp_avg_sq)
+                rows.back().states[size_t(j)] = allocate(sizes[i], size_of(moments));
+        gradients.push_back(allocate(sizes[i], size_of(param)));
     }
-    if (!amsgrad) columns[4].clear();
-    Tensors tensors(std::vector<int>(n, param), std::vector<int>(n, moments), sizes, columns[0], columns[2],
-                    columns[3], columns[4], columns[5]);
-    const auto schedule = std::make_shared<Schedule<double>>(every_shape());
-    const Group first = {0, schedule, 0, 0.1, 0.9, 0.999, 1e-8, 0.1, false, true, 1.0, true, true};
-    const Group none = {1, nullptr, 0.1, 0, 0, 0, 1e-8, 0.1, true, false, 0, false, false};
-    const Group last = {2, nullptr, 0.1, 0, 0, 0, 1e-8, 0.1, true, false, 0, false, true};
     std::vector<int64_t> k(3), skipped(3), in_row(3);
-    std::vector<double> lr(3), norm(3), coef(3);
-    const Counters counters = {k.data(), skipped.data(), in_row.data(), lr.data(), norm.data(), coef.data()};
+    std::vector<double> lr(3), norm(3), coef(3), squares(3);
+    const Counters counters = {k.data(),    skipped.data(), in_row.data(), lr.data(),
+                               norm.data(), coef.data(),    squares.data()};
+    Stepper stepper(rows, 3, counters, kernel);
+    const auto schedule = std::make_shared<Schedule<double>>(every_shape());
+    const size_t of_last = joint ? 0 : 2;
+    const Group first = {schedule, 0.1, 0.9, 0.999, 1e-8, 0.1, false, 0};
+    const Group none = {nullptr, 0, 0, 0, 1e-8, 0.1, true, size_t(!joint)};
+    const Group last = {nullptr, 0, 0, 0, 1e-8, 0.1, true, of_last};
+    const Scope clipped = {true, 1.0, true, joint}, plain = {false, 0, false, false};
+    stepper.assign({first, none, last},
+                   joint ? std::vector<Scope>{clipped} : std::vector<Scope>{clipped, plain, plain});
+    const std::vector<double> rates = {0, 0.1, 0.1};
     for (int i = 0; i < kSteps; ++i) {
-        tensors.step(columns[1], kernel, {&first, &none, &last}, {5, 0, int64_t(n) - 5}, counters,
-                     {i % 2 == 0, 4.0, i == 3}, joint, threads);
+        const std::vector<uintptr_t> missing(n);
+        const Inputs inputs = {gradients.data(), rates.data(), i % 2 == 0, 4.0, i == 3, threads};
+        // every other step stage by stage
+        if (i % 2) {
+            stepper.norm(inputs);
+            stepper.update(inputs);
+        } else {
+            stepper.step(inputs);
+        }
+        // a step without gradients reads and writes no tensor
+        if (!joint) stepper.step({missing.data(), rates.data(), false, 1, false, threads});
     }
-    if (k[0] != kSteps - 1 || k[1] != 0 || lr[0] != 0.1) std::abort();
+    if (k[0] != kSteps - 1 || k[1] != (joint ? kSteps - 1 : 0) || lr[0] != 0.1) std::abort();
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ from kit import make, recorded, scheduled, set_grads, steps
 from snapshots import unchanged
 
 import fusedlr
-from fusedlr import backends, compiled
+from fusedlr import backends
+from fusedlr.backends import compiled
 
 
 def cannot_run() -> list[str]:
@@ -57,7 +58,7 @@ def test_a_backend_that_stops_running_changes_nothing(monkeypatch):
 def test_falling_back_is_said_once_with_the_reasons(monkeypatch):
     # as on a machine without a compiler
     monkeypatch.setattr(compiled, "cpu", None)
-    monkeypatch.setattr(compiled, "error", "the C++ kernel was not built")
+    monkeypatch.setattr(compiled, "cpu_error", "the C++ kernel was not built")
     optimizer = make()
     assert optimizer.backend == "reference"
     with recorded() as caught:

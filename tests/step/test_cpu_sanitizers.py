@@ -14,7 +14,8 @@ import pytest
 import torch
 from kit import ROOT
 
-from fusedlr import cpu
+from fusedlr.backends import cpu
+from fusedlr.columns import header
 
 if cpu.why_not([torch.device("cpu")]):
     pytest.skip(str(cpu.why_not([torch.device("cpu")])), allow_module_level=True)
@@ -38,11 +39,14 @@ def objects(folder: Path, flags: str, every_isa: bool) -> list[str]:
         shared.append("-DFUSEDLR_X86")
         isas["avx2"] = "-mavx2 -ftree-vectorize"
         isas["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -ftree-vectorize"
-    sources = [(HERE / "cpu_sanitized.cpp", ""), (CSRC / "cpu.cpp", "")]
-    sources += [(CSRC / "cpu_kernel.cpp", f"-DFUSEDLR_ISA={isa} {more}") for isa, more in isas.items()]
+    sources = [(HERE / "cpu_sanitized.cpp", ""), (CSRC / "cpu" / "step.cpp", "")]
+    sources += [(CSRC / "cpu" / "kernel.cpp", f"-DFUSEDLR_ISA={isa} {more}") for isa, more in isas.items()]
+    (folder / "columns.h").write_text(header())
     made = [str(folder / f"{i}.o") for i in range(len(sources))]
     builds = [
-        subprocess.Popen([COMPILER, *shared, f"-I{CSRC}", *more.split(), "-c", source, "-o", to])
+        subprocess.Popen(
+            [COMPILER, *shared, f"-I{CSRC}", f"-I{folder}", *more.split(), "-c", source, "-o", to]
+        )
         for (source, more), to in zip(sources, made, strict=True)
     ]
     assert [build.wait() for build in builds] == [0] * len(builds)

@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
-from fusedlr import compiled
+from fusedlr.backends import compiled
 
-pytestmark = pytest.mark.skipif(compiled.cpu is None, reason=str(compiled.error))
+pytestmark = pytest.mark.skipif(compiled.cpu is None, reason=str(compiled.cpu_error))
 SHAPES = ((3, 5), (7,), (0,), (2, 2, 2), (1,))
 SCHEDULE = fusedlr.cosine(warmup_steps=3, total_steps=20)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -182,8 +182,6 @@ def test_a_step_like_the_last_is_one_call(options):
     for k in range(3):
         set_grads(optimizer, k)
         assert step_as_prepared(optimizer) == (k > 0)
-        if k == 0:
-            optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [3, 3]
 
 
@@ -284,17 +282,11 @@ def test_a_stale_backward_raises(steps_before):
     optimizer = make("cpu")
     steps(optimizer, 0, steps_before)
     p = params_of(optimizer)[0]
-    stale = [(p * p).sum()]
-    if steps_before:
-        stale.append((entry(optimizer)["exp_avg"] * p).sum())
+    loss = (p * p).sum()
     set_grads(optimizer, 2)
-    repeated = step_as_prepared(optimizer)
-    assert repeated == (steps_before > 0)
-    if not repeated:
-        optimizer.step()
-    for loss in stale:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    assert step_as_prepared(optimizer) == (steps_before > 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_gradients_are_let_go_of():

@@ -102,7 +102,7 @@ def test_rate_and_decay_of_zero_leave_the_bits_alone(dtype, device, backend):
 @pytest.mark.parametrize("name", wrong_steps.EDITS)
 def test_the_suite_rejects_wrong_steps(name, monkeypatch):
     wrong = wrong_steps.load(name)
-    entry = replace(backends.BACKENDS["reference"], step_=wrong.step_)
+    entry = replace(backends.BACKENDS["reference"], prepare=wrong.ReferenceStepper)
     monkeypatch.setitem(backends.BACKENDS, "reference", entry)
     missed = (
         distance(run(case, fused(case, backend="reference")), expected(case, torch.float64, "cpu"))

@@ -228,7 +228,7 @@ def test_the_sources_compiled_in_are_those_of_the_tree(tree, compiler):
 def test_a_module_older_than_its_sources_is_not_used(tree):
     for module in ROOT.glob("fusedlr/_cpu*.so"):
         shutil.copy(module, tree / "fusedlr")
-    why = "import fusedlr.cpu; print(fusedlr.cpu.why_not([]))"
+    why = "import fusedlr.backends.cpu as cpu; print(cpu.why_not([]))"
 
     def ask() -> str:
         return subprocess.check_output([sys.executable, "-c", why], cwd=tree, text=True).strip()

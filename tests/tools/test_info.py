@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fusedlr
-from fusedlr import backends, cli, compiled
+from fusedlr import backends, cli
+from fusedlr.backends import compiled
 
 
 def test_it_names_versions_devices_and_reasons():

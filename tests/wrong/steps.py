@@ -16,7 +16,7 @@ from fusedlr import reference
 EDITS = {
     "eps under the root": ("bc2.sqrt().to(dtype) + group.eps", "(bc2 + group.eps).sqrt().to(dtype)"),
     "no correction of the first moment": ("(lr / bc1).to(dtype)", "lr.to(dtype)"),
-    "no correction of the second moment": ("largest.sqrt() / bc2.sqrt().to(dtype)", "largest.sqrt()"),
+    "no correction of the second moment": ("divisor.sqrt() / bc2.sqrt().to(dtype)", "divisor.sqrt()"),
     "bias correction counts from 0": ("t = row.step + ~skip", "t = (row.step + ~skip - 1).clamp(min=1)"),
     "decay into the gradient": (
         "p = p - (lr * group.weight_decay).to(dtype) * p",
@@ -27,26 +27,32 @@ EDITS = {
     "betas swapped": ("b1, b2 = group.betas", "b2, b1 = group.betas"),
     "second moment of the mean": ("((1 - b2) * g) * g", "((1 - b2) * g) * m"),
     "maximize ignored": ("if group.maximize:", "if False:"),
-    "amsgrad forgets": ("torch.maximum(_compute(row.max_exp_avg_sq), v)", "v"),
-    "clipping without the epsilon": ("(norm + _CLIP_EPS)", "norm"),
+    "amsgrad forgets": ('torch.maximum(_compute(state["max_exp_avg_sq"]), v)', "v"),
+    "clipping without the epsilon": ("(norm + CLIP_EPS)", "norm"),
     "clipping that scales up": (".clamp(max=1)", ".clamp(max=1e9)"),
     "norm of the first tensor": ("for grad in grads:\n", "for grad in list(grads)[:1]:\n"),
-    "norm per group": ("for scope in [groups] if joint else", "for scope in [] if joint and not groups else"),
-    "warm-up off by one": ("counters.k[i], group.lr.table", "counters.k[i] + 1, group.lr.table"),
-    "schedule that counts gradients": (
-        "counters.k[i] += ~skip if group.advance else 0",
-        "counters.k[i] += len(group.rows) > 0",
+    "norm per group": (
+        "for row in rows if groups[row.group].scope == i]",
+        "for row in rows if row.group == i]",
     ),
-    "skipped step moves the schedule": ("+= ~skip if group.advance", "+= 1 if group.advance"),
+    "warm-up off by one": (
+        "counters.k[i], group.schedule.table",
+        "counters.k[i] + 1, group.schedule.table",
+    ),
+    "schedule that counts gradients": (
+        "counters.k[i] += ~skip",
+        "counters.k[i] += any(row.group == i and row.param.grad is not None for row in rows)",
+    ),
+    "skipped step moves the schedule": ("counters.k[i] += ~skip", "counters.k[i] += 1"),
     "skipped step counts for the bias": ("t = row.step + ~skip", "t = row.step + 1"),
     "skip only at 1": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) == 1"),
     "skip only above 0": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) > 0"),
     "inf is applied": ("skip = skip | ~torch.isfinite(norm)", "skip = skip | torch.isnan(norm)"),
-    "norm of scaled gradients": ("for row in group.rows], factor, xp)", "for row in group.rows], None, xp)"),
+    "norm of scaled gradients": ("if g is not None], factor, xp)", "if g is not None], None, xp)"),
     "scaled gradients": ("factor = coef if factor is None else factor * coef", "factor = coef"),
     "skip by a product": (
-        "tensor.copy_(torch.where(skip, tensor, new.to(tensor.dtype)))",
-        "tensor.add_((new.to(tensor.dtype) - tensor) * ~skip)",
+        "old.copy_(torch.where(skip, old, value.to(old.dtype)))",
+        "old.add_((value.to(old.dtype) - old) * ~skip)",
     ),
 }
 

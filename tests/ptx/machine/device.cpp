@@ -1,4 +1,4 @@
-// What csrc/cuda_device.cu says on a GPU: here the device is the CPU, whose memory the machine works on.
+// What csrc/cuda/device.cu says on a GPU: here the device is the CPU, whose memory the machine works on.
 #include <string>
 
 namespace fusedlr {

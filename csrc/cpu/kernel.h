@@ -1,0 +1,41 @@
+// What step.cpp needs of kernel.cpp, which is compiled once per instruction set.
+#pragma once
+
+#include "../adamw.h"
+#include "../types.h"
+#include "columns.h"
+
+namespace fusedlr {
+
+// n elements of one tensor. The gradient is of the parameter's type; a tensor of the state that the parameter
+// does not have is null.
+struct Span {
+    char *p, *g, *state[kStates];
+    int64_t n;
+};
+
+using SumOfSquares = double (*)(const Span& span, double factor);
+using Update = void (*)(const Span& span, const Scalars<double>& scalars);
+
+struct Kernel {
+    const char* name;
+    // the function that sums the squares of factor * g: squares and short sums are fp32 (fp64 for fp64
+    // tensors), with the same bits on every instruction set
+    SumOfSquares (*sum_of_squares)(Type param);
+    // the function that updates a tensor, with or without a maximum of the second moments
+    Update (*update)(Type param, Type state, bool amsgrad);
+};
+
+namespace baseline {
+extern const Kernel kernel;
+}
+#ifdef FUSEDLR_X86
+namespace avx2 {
+extern const Kernel kernel;
+}
+namespace avx512 {
+extern const Kernel kernel;
+}
+#endif
+
+}  // namespace fusedlr

@@ -1,0 +1,137 @@
+// One step over all tensors of an optimizer, on addresses: fusedlr/reference.py for the CPU. No Python in
+// here.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace fusedlr {
+
+template <class R>
+struct Schedule {
+    std::vector<Phase<R>> phases;
+    std::vector<R> table;
+
+    R at(int64_t k) const { return evaluate(phases.data(), int64_t(phases.size()), table.data(), k); }
+};
+
+// one tensor, its group, and the addresses that stay from step to step
+struct Row {
+    size_t group;
+    Type param, state;  // types
+    int64_t size;       // elements
+    uintptr_t p;
+    std::array<uintptr_t, kStates> states;  // in the order of State; 0 where the tensor has none
+    uintptr_t t;                            // its count of updates, a float
+};
+
+// reference.GroupStep
+struct Group {
+    std::shared_ptr<const Schedule<double>> schedule;  // null: the rate is given
+    double peak, b1, b2, eps, weight_decay;
+    bool maximize;
+    size_t scope;
+};
+
+// reference.Scope
+struct Scope {
+    bool clip;
+    double max_grad_norm;  // where clip
+    bool skip_nonfinite, always;
+
+    bool normed() const { return clip || skip_nonfinite; }
+};
+
+// what a step is given anew
+struct Inputs {
+    const uintptr_t* gradients;  // one address per row, 0 where there is no gradient
+    const double* rates;         // one per group, used where it has no schedule
+    bool has_grad_scale;
+    double grad_scale;
+    bool found_inf;
+    int threads;
+
+    double unscale() const { return has_grad_scale ? 1 / grad_scale : 1; }
+};
+
+// addresses of reference.Counters, each of shape (groups,), and of the scopes' sums of squares
+struct Counters {
+    int64_t *k, *skipped, *skips_in_row;
+    double *lr, *grad_norm, *coef;
+    double* squares;
+};
+
+// the best instruction set this machine has comes first
+std::vector<const Kernel*> kernels();
+
+// The stages of a step over rows of one layout. An optimizer makes one step at a time.
+class Stepper {
+  public:
+    // rows are in the order of their groups
+    Stepper(std::vector<Row> rows, size_t groups, const Counters& counters, const Kernel& kernel);
+
+    // takes new options; groups must be as many as before
+    void assign(std::vector<Group> groups, std::vector<Scope> scopes);
+
+    // writes the sums of squares of all scopes that need a norm
+    void norm(const Inputs& inputs);
+    // decides, evaluates the schedules, updates and counts, by the sums that norm has left
+    void update(const Inputs& inputs);
+    // both, in one parallel region
+    void step(const Inputs& inputs);
+
+    size_t rows() const { return rows_.size(); }
+    size_t groups() const { return groups_.size(); }
+    const Counters& counters() const { return counters_; }
+    // whether the group's scope made the last step
+    bool stepped(size_t group) const { return active_[groups_[group].scope]; }
+    double lr_at(size_t group, int64_t k) const {
+        return groups_[group].peak * groups_[group].schedule->at(k);
+    }
+    bool scheduled(size_t group) const { return bool(groups_[group].schedule); }
+
+  private:
+    // a piece of one tensor, the unit of work: which thread computes it does not change its bits
+    struct Chunk {
+        size_t row;
+        int64_t begin, n;  // elements
+        int64_t before;    // elements in all chunks before this one
+        double squares;
+    };
+
+    struct Tensor {
+        SumOfSquares sum_of_squares;
+        Update update;
+        bool active;  // whether this step updates it
+        Scalars<double> scalars;
+    };
+
+    void begin(const Inputs& inputs);
+    void decide(const Inputs& inputs);
+    void add_squares();
+    void run(const Inputs& inputs, bool norm, bool update);
+    bool normed(const Chunk& chunk) const { return scopes_[groups_[rows_[chunk.row].group].scope].normed(); }
+    Span span(const Chunk& chunk, uintptr_t gradient) const;
+    size_t first_chunk(int64_t element) const;
+    void square_chunks(const Inputs& inputs, size_t begin, size_t end);
+    void update_chunks(const Inputs& inputs, size_t begin, size_t end) const;
+
+    std::vector<Row> rows_;
+    Counters counters_;
+    std::vector<Group> groups_;
+    std::vector<Scope> scopes_;
+    std::vector<Chunk> chunks_;
+    std::vector<size_t> chunk_of_;  // row -> its first chunk; one more at the end
+    int64_t elements_ = 0;
+    // of the step under way
+    std::vector<Tensor> tensors_;      // per row
+    std::vector<char> active_;         // per scope: whether it makes this step
+    std::vector<char> skip_;           // per scope
+    std::vector<double> coef_, norm_;  // per scope
+};
+
+}  // namespace fusedlr

@@ -1,0 +1,447 @@
+// The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. setup.py compiles
+// this once per type of the parameters, FUSEDLR_TYPE, in namespace FUSEDLR_NAME.
+//
+// A block has one chunk of one tensor. Its first thread finds out what holds for the chunk while the others
+// fetch it. The last block of all adds up the sums of squares, or moves the counters: nothing needs the host.
+//
+// Bytes per parameter in fp32: the update reads p g m v and writes p m v, 28; the norm reads g, 4.
+#include "step.h"
+
+#include "../adamw.h"
+
+namespace fusedlr {
+namespace FUSEDLR_NAME {
+namespace {
+
+using P = FUSEDLR_TYPE;
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffff;
+// what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
+constexpr float kClipEps = 1e-6f;
+
+// The parameters of a launch: the fewer bytes, the sooner it starts. Up to 4 KB go through any driver's fast
+// path; 32,764 bytes are the most that compute capability 7.0 takes, from CUDA 12.1 on.
+template <int N>
+struct Launch {
+    Step step;
+    uint64_t gradients[N];
+
+    // the address of a row's gradient, 0 where it is missing
+    __device__ uint64_t gradient(int64_t i) const {
+        return step.gradients ? step.gradients[i] : gradients[i];
+    }
+};
+constexpr int kFew = (4096 - sizeof(Step)) / 8;
+constexpr int kMany = (32764 - sizeof(Step)) / 8;
+
+// n elements that are moved at once, by accesses of 16 bytes where there are that many
+template <class T, int n>
+struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Wide {
+    T x[n];
+};
+
+template <class T>
+__device__ T* global(uint64_t address) {
+    T* const pointer = reinterpret_cast<T*>(address);
+    // or each access would find out what kind of memory it is
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+
+// a schedule's phases as schedule.h reads them
+struct PhaseRows {
+    const PhaseInts* ints;
+    const PhaseFloats* floats;
+
+    __device__ Phase<float> operator[](int64_t i) const {
+        const PhaseInts& n = ints[i];
+        const PhaseFloats& x = floats[i];
+        return {n.begin, n.end, n.origin, x.from_, x.to, n.shape, n.whole, x.param_hi + x.param_lo};
+    }
+};
+
+__device__ const ScopeInts* scope_ints(const Step& step) {
+    return reinterpret_cast<const ScopeInts*>(step.group_ints + step.groups);
+}
+
+__device__ const ScopeFloats* scope_floats(const Step& step) {
+    return reinterpret_cast<const ScopeFloats*>(step.group_floats + step.groups);
+}
+
+// what is known of a scope once its sum of squares is
+struct Decision {
+    float norm, coef;
+    bool skip;
+};
+
+__device__ Decision decide(const Step& step, int64_t scope) {
+    const ScopeInts ints = scope_ints(step)[scope];
+    const float limit = scope_floats(step)[scope].max_grad_norm;
+    const float norm = ints.normed ? sqrtf(__ldcg(step.squares + scope)) : nanf("");
+    // a nan stays; without clipping the limit is nan
+    float coef = limit / (norm + kClipEps);
+    if (coef > 1 || limit != limit) coef = 1;
+    // anything but 0, nan included
+    const bool skip = *step.found_inf != 0 || (ints.skip_nonfinite && !isfinite(norm));
+    return {norm, coef, skip};
+}
+
+// given: the rate as a number, used where there is neither a schedule nor a rate on the device
+__device__ float lr_at(const Step& step, const GroupInts& ints, const GroupFloats& floats, float given,
+                       int64_t k) {
+    const auto* const phases = reinterpret_cast<const PhaseInts*>(scope_ints(step) + step.scopes);
+    const auto* const levels = reinterpret_cast<const PhaseFloats*>(scope_floats(step) + step.scopes);
+    const auto* const table = reinterpret_cast<const float*>(levels + step.phases);
+    if (ints.first_phase < ints.last_phase) {
+        const PhaseRows rows = {phases + ints.first_phase, levels + ints.first_phase};
+        return floats.peak * evaluate(rows, ints.last_phase - ints.first_phase, table, k);
+    }
+    return ints.lr ? *global<const float>(uint64_t(ints.lr)) : given;
+}
+
+// t: updates made
+__device__ Scalars<float> scalars_of(float t, const GroupFloats& floats, float lr, float factor) {
+    const double steps = double(t) + 1;
+    const float bc1 = bias_correction<float>(steps, double(floats.log_b1_hi) + double(floats.log_b1_lo));
+    const float bc2 = bias_correction<float>(steps, double(floats.log_b2_hi) + double(floats.log_b2_lo));
+    return {factor * floats.sign,
+            lr * floats.weight_decay,
+            lr / bc1,
+            sqrtf(bc2),
+            floats.eps,
+            floats.one_b1,
+            floats.b2,
+            floats.one_b2};
+}
+
+// one chunk
+struct Place {
+    const TensorRow* row;  // null where nothing is to be updated
+    uint64_t gradient;
+    int64_t begin, count;  // elements of the tensor
+};
+
+template <int N>
+__device__ Place place(const Launch<N>& launch, const ChunkRow& chunk) {
+    // -1 is the empty chunk of a group without elements
+    if (chunk.tensor < 0) return {nullptr, 0, 0, 0};
+    const uint64_t gradient = launch.gradient(chunk.tensor);
+    if (!gradient) return {nullptr, 0, 0, 0};
+    const TensorRow* const row = launch.step.tensors + chunk.tensor;
+    const int64_t begin = chunk.index * kChunkElements, left = row->numel - begin;
+    return {row, gradient, begin, left < kChunkElements ? left : kChunkElements};
+}
+
+// the elements of a chunk that are moved `each` at a time
+__device__ int wide_elements(const Place& place, uint64_t addresses, int each) {
+    return addresses % 16 ? 0 : int(place.count / each * each);
+}
+
+template <class M, bool AMSGRAD>
+struct Arrays {
+    P* p;
+    const P* g;
+    M *m, *v, *v_max;
+
+    Arrays() = default;
+    __device__ explicit Arrays(const Place& at)
+        : p(global<P>(uint64_t(at.row->param)) + at.begin),
+          g(global<const P>(at.gradient) + at.begin),
+          m(global<M>(uint64_t(at.row->exp_avg)) + at.begin),
+          v(global<M>(uint64_t(at.row->exp_avg_sq)) + at.begin),
+          // a group without amsgrad may share the launch
+          v_max(AMSGRAD && at.row->max_exp_avg_sq ? global<M>(uint64_t(at.row->max_exp_avg_sq)) + at.begin
+                                                  : nullptr) {}
+};
+
+// n elements, in registers
+template <class M, bool AMSGRAD, int n>
+struct Elements {
+    P p[n], g[n];
+    M m[n], v[n], v_max[n];
+
+    __device__ void read(const Arrays<M, AMSGRAD>& from, int i) {
+        copy(p, from.p + i), copy(g, from.g + i), copy(m, from.m + i), copy(v, from.v + i);
+        if (AMSGRAD && from.v_max) copy(v_max, from.v_max + i);
+    }
+
+    __device__ void write(const Arrays<M, AMSGRAD>& to, int i) const {
+        copy(to.p + i, p), copy(to.m + i, m), copy(to.v + i, v);
+        if (AMSGRAD && to.v_max) copy(to.v_max + i, v_max);
+    }
+
+    __device__ void update(const Scalars<float>& s, bool amsgrad) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            // a tensor without a maximum may share the launch: it is below every v then
+            float p32 = load(p[i]), m32 = load(m[i]), v32 = load(v[i]), v_max32 = -1;
+            if (AMSGRAD && amsgrad) v_max32 = load(v_max[i]);
+            adamw<float>(p32, load(g[i]), m32, v32, AMSGRAD ? &v_max32 : nullptr, s);
+            store(p[i], p32), store(m[i], m32), store(v[i], v32);
+            if (AMSGRAD) store(v_max[i], v_max32);
+        }
+    }
+
+  private:
+    template <class T>
+    static __device__ void copy(T* to, const T* from) {
+        if (n == 1)
+            *to = *from;
+        else
+            *reinterpret_cast<Wide<T, n>*>(to) = *reinterpret_cast<const Wide<T, n>*>(from);
+    }
+};
+
+__device__ float warp_sum(float x) {
+#pragma unroll
+    for (int away = kWarp / 2; away; away /= 2) x += __shfl_down_sync(kAll, x, away);
+    return x;
+}
+
+// for the first thread, always in the same order; a barrier lies between two calls
+__device__ float block_sum(float x) {
+    __shared__ float sums[kThreads / kWarp];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    x = warp_sum(x);
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    if (warp == 0) x = warp_sum(lane < kThreads / kWarp ? sums[lane] : 0);
+    return x;
+}
+
+// Whether all other blocks of the step have come here before; then the tickets start again. Called by the
+// first thread, when all that its block has read of counters and written of partial sums it has read and
+// written itself.
+__device__ bool is_last(int32_t* ticket, int32_t programs) {
+    __threadfence();
+    if (atomicAdd(ticket, 1) != programs - 1) return false;
+    *ticket = 0;
+    __threadfence();
+    return true;
+}
+
+// partial sums from `first` on, every `stride`-th; other blocks have written them
+__device__ float sum_slots(const float* partials, int64_t first, int64_t last, int stride) {
+    float sum = 0;
+    for (int64_t i = first; i < last; i += stride) sum += __ldcg(partials + i);
+    return sum;
+}
+
+// the sums of squares of all scopes, from those of their chunks
+__device__ void finish_squares(const Step& step) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    // a single scope has all slots
+    if (step.scopes == 1) {
+        const float sum = block_sum(sum_slots(step.partials, threadIdx.x, step.programs, kThreads));
+        if (threadIdx.x == 0) step.squares[0] = sum;
+        return;
+    }
+    // of several scopes, each has a warp
+    for (int32_t scope = warp; scope < step.scopes; scope += kThreads / kWarp) {
+        const ScopeInts& ints = scope_ints(step)[scope];
+        const float sum = warp_sum(sum_slots(step.partials, ints.first_slot + lane, ints.last_slot, kWarp));
+        if (lane == 0) step.squares[scope] = sum;
+    }
+}
+
+// moves the counters of the groups that made the step and of the tensors that were updated
+template <int N>
+__device__ void count_step(const Launch<N>& launch) {
+    const Step& step = launch.step;
+    const int32_t groups = step.groups;
+    for (int32_t i = threadIdx.x; i < groups; i += kThreads) {
+        const int64_t scope = step.group_ints[i].scope;
+        if (!step.active[scope]) continue;
+        const bool skip = decide(step, scope).skip;
+        int64_t *const k = step.counts + i, *const skipped = k + groups, *const in_row = skipped + groups;
+        *k += !skip;
+        *skipped += skip;
+        *in_row = skip ? *in_row + 1 : 0;
+    }
+    for (int32_t i = threadIdx.x; i < step.rows; i += kThreads) {
+        // lanes read addresses that a launch carries one after the other: only where they must
+        if (step.some_missing && !launch.gradient(i)) continue;
+        const TensorRow& row = step.tensors[i];
+        if (!decide(step, step.group_ints[row.group].scope).skip) *global<float>(uint64_t(row.step)) += 1;
+    }
+}
+
+// what holds for a chunk, found out by one thread; row is null where nothing is to be updated
+__device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow* row,
+                        Scalars<float>& scalars, bool& skip) {
+    // all that can be read at once is on its way before anything is computed
+    const GroupInts ints = step.group_ints[chunk.group];
+    const GroupFloats floats = step.group_floats[chunk.group];
+    const float given = step.rates[chunk.group];
+    const int64_t k = step.counts[chunk.group];
+    const bool reports = chunk.first_of_group && step.active[chunk.scope];
+    const float scale = *step.grad_scale;
+    const float t = row ? *global<const float>(uint64_t(row->step)) : 0;
+    const Decision decision = decide(step, chunk.scope);
+    const float lr = lr_at(step, ints, floats, given, k);
+    if (reports) {
+        float* const used = step.used + chunk.group;
+        used[0] = lr, used[step.groups] = decision.norm, used[2 * step.groups] = decision.coef;
+    }
+    skip = decision.skip;
+    if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);
+}
+
+// the sum of squares of the unscaled gradients of every scope that needs a norm
+template <int N>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Launch<N> launch) {
+    constexpr int kEach = 16 / sizeof(P), kRounds = kChunkElements / kEach / kThreads;
+    const Step& step = launch.step;
+    const int thread = threadIdx.x;
+    const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
+    // a replay of tensors that are gone: all blocks of the step see the same
+    if (*step.generation != step.made_for) return;
+    const Place at = place(launch, chunk);
+    const int count = scope_ints(step)[chunk.scope].normed ? int(at.count) : 0;
+    const int wide = count ? wide_elements(at, at.gradient, kEach) : 0;
+    const P* const g = global<const P>(at.gradient) + at.begin;
+    const float factor = 1 / *step.grad_scale;
+    // all on its way before the first is added
+    Wide<P, kEach> fetched[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+        const int i = (r * kThreads + thread) * kEach;
+        if (i < wide) fetched[r] = *reinterpret_cast<const Wide<P, kEach>*>(g + i);
+    }
+    float sum = 0;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+        if ((r * kThreads + thread) * kEach >= wide) break;
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+            const float x = load(fetched[r].x[j]) * factor;
+            sum += x * x;
+        }
+    }
+    for (int i = wide + thread; i < count; i += kThreads) {
+        const float x = load(g[i]) * factor;
+        sum += x * x;
+    }
+    sum = block_sum(sum);
+    __shared__ bool last;
+    if (thread == 0) {
+        step.partials[chunk.slot] = sum;
+        last = is_last(step.tickets, step.programs);
+    }
+    __syncthreads();
+    if (last) finish_squares(step);
+}
+
+// one optimizer step on the tensors of a bucket; the last block of all buckets counts it
+template <int N, class M, bool AMSGRAD>
+__global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Launch<N> launch) {
+    // 16 bytes of a moment, so that the accesses of neighbours touch
+    constexpr int kEach = 16 / sizeof(M);
+    const Step& step = launch.step;
+    const int thread = threadIdx.x;
+    const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
+    if (*step.generation != step.made_for) {
+        if (step.first == 0 && blockIdx.x == 0 && thread == 0) ++step.counts[3 * step.groups];
+        return;
+    }
+    __shared__ Scalars<float> scalars;
+    __shared__ bool skip, last;
+    const Place at = place(launch, chunk);
+    // the first thread fetches its own elements after prepare(): it has no registers for both at once
+    if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
+    Arrays<M, AMSGRAD> arrays = {};
+    Elements<M, AMSGRAD, kEach> elements;
+    const int count = int(at.count);
+    int wide = 0, i = thread * kEach;
+    if (count) {
+        arrays = Arrays<M, AMSGRAD>(at);
+        const uint64_t moments =
+            at.row->exp_avg | at.row->exp_avg_sq | (AMSGRAD ? at.row->max_exp_avg_sq : 0);
+        wide = wide_elements(at, at.gradient | at.row->param | moments, kEach);
+        // on the way while the first thread computes
+        if (i < wide) elements.read(arrays, i);
+    }
+    __syncthreads();
+    // counters have been read; nobody waits for what is written from here on
+    if (thread == 0) last = is_last(step.tickets + 1, step.programs);
+    if (!skip) {
+        const Scalars<float> s = scalars;
+        while (i < wide) {
+            elements.update(s, arrays.v_max);
+            elements.write(arrays, i);
+            i += kThreads * kEach;
+            if (i < wide) elements.read(arrays, i);
+        }
+        for (int j = wide + thread; j < count; j += kThreads) {
+            Elements<M, AMSGRAD, 1> one;
+            one.read(arrays, j);
+            one.update(s, arrays.v_max);
+            one.write(arrays, j);
+        }
+    }
+    __syncthreads();
+    if (last) count_step(launch);
+}
+
+template <class L>
+const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, unsigned threads,
+                          void* stream) {
+    void* arguments[] = {const_cast<L*>(&launch)};
+    const cudaError_t error =
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, 0,
+                         static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// has its code loaded, which a launch while a CUDA graph is captured could not
+template <class L>
+const char* load_kernel(void (*kernel)(L)) {
+    cudaFuncAttributes unused;
+    const cudaError_t error = cudaFuncGetAttributes(&unused, reinterpret_cast<const void*>(kernel));
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <int N>
+Launch<N> make_launch(const Step& step, const uintptr_t* gradients) {
+    Launch<N> launch;
+    launch.step = step;
+    if (gradients) std::memcpy(launch.gradients, gradients, size_t(step.rows) * 8);
+    return launch;
+}
+
+template <int N>
+const char* norm(const Step& step, unsigned blocks, const uintptr_t* gradients, void* stream) {
+    return launch_kernel(norm_kernel<N>, make_launch<N>(step, gradients), blocks, kThreads, stream);
+}
+
+template <int N>
+auto step_kernel_for(Type moments, bool amsgrad) {
+    if (moments == kF32) return amsgrad ? step_kernel<N, float, true> : step_kernel<N, float, false>;
+    return amsgrad ? step_kernel<N, P, true> : step_kernel<N, P, false>;
+}
+
+template <int N>
+const char* update(const Step& step, unsigned blocks, Type moments, bool amsgrad, const uintptr_t* gradients,
+                   void* stream) {
+    return launch_kernel(step_kernel_for<N>(moments, amsgrad), make_launch<N>(step, gradients), blocks,
+                         kThreads, stream);
+}
+
+template <int N>
+const char* load_all(Type moments) {
+    const char* error = load_kernel(norm_kernel<N>);
+    for (const bool amsgrad : {false, true})
+        if (!error) error = load_kernel(step_kernel_for<N>(moments, amsgrad));
+    return error;
+}
+
+}  // namespace
+
+extern const Launches few, many;
+const Launches few = {kFew, norm<kFew>, update<kFew>, load_all<kFew>};
+const Launches many = {kMany, norm<kMany>, update<kMany>, load_all<kMany>};
+
+}  // namespace FUSEDLR_NAME
+}  // namespace fusedlr

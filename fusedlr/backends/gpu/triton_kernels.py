@@ -1,0 +1,483 @@
+"""The step in two Triton kernels: the gradients' norm, and AdamW with its schedule and counters.
+
+triton.py launches them; they mean what `reference.norm_` and `reference.update_` mean. One launch of each per
+bucket of dtypes, the norm only where one is needed. Nothing is specialised on a value, and fp64 is not used.
+
+Layout. Everything a program reads lies in device memory, in tables with the columns of fusedlr/columns.py;
+kernel arguments are where the tables are and how long. A program owns one chunk of one tensor, 4096 elements,
+which a row of `chunks` names; it finds the tensor's addresses in `tensors` and `gradients`, the options of
+its group and scope in `ints` and `floats`, evaluates the learning rate at the group's `k` and updates tile by
+tile. Tensors whose addresses all lie on 16 bytes take the 128-bit path, decided per program from the
+addresses; tails and everything else are masked and scalar. A tensor whose gradient is missing, which is an
+address of 0, adds nothing to the norm and stays as it is. A group without elements has one empty chunk, whose
+program writes which rate the group used.
+
+Order. Every program takes a ticket when it has read its last counter: behind a barrier, because the compiler
+puts none between the other threads' reads and the atomic. The program with the last ticket of the step,
+which over several buckets is one of the last launch, knows that all others are done with the counters and
+moves them. The norm's last program adds up the partial sums of every scope in a fixed order, so bits repeat.
+
+Memory traffic in bytes per element, parameter + moments in fp32: the norm reads 4 (g), the update reads 16
+(p g m v) and writes 12 (p m v). 16-bit parameters with fp32 moments: 2, then 12 and 10; with 16-bit moments:
+2, then 8 and 6. amsgrad reads and writes one moment more. Tables cost about 100 bytes per chunk.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from fusedlr import columns, reference
+from fusedlr.backends.gpu.triton_math import bias_correction
+from fusedlr.backends.gpu.triton_schedule import PHASE_FLOATS, evaluate
+
+CHUNK_ELEMENTS = tl.constexpr(columns.CHUNK)
+# 8 elements per thread: two 128-bit accesses in fp32, one in 16 bits, at 63 registers (sm_90)
+WIDE = tl.constexpr(1024)
+WIDE_TILES = tl.constexpr(columns.CHUNK // 1024)
+# one scalar access needs an address of its own, in two registers
+NARROW = tl.constexpr(256)
+NARROW_TILES = tl.constexpr(columns.CHUNK // 256)
+THREADS = 128
+# lanes of the last programs' loops: over groups and tensors, where more take registers from all programs, and
+# over partial sums, 10,000 for 40 M elements
+LANES = tl.constexpr(512)
+SUMS = tl.constexpr(1024)
+CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
+# the interpreter truncates fp32 to bf16, where hardware rounds
+TRUNCATES = tl.constexpr(knobs.runtime.interpret)
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# names of the columns -> their positions
+_TENSORS, _CHUNKS = columns.TENSORS, columns.CHUNKS
+TENSOR_COLUMNS = tl.constexpr(len(_TENSORS))
+PARAM = tl.constexpr(_TENSORS.index("param"))
+EXP_AVG = tl.constexpr(_TENSORS.index("exp_avg"))
+EXP_AVG_SQ = tl.constexpr(_TENSORS.index("exp_avg_sq"))
+MAX_EXP_AVG_SQ = tl.constexpr(_TENSORS.index("max_exp_avg_sq"))
+STEP = tl.constexpr(_TENSORS.index("step"))
+NUMEL = tl.constexpr(_TENSORS.index("numel"))
+GROUP_OF = tl.constexpr(_TENSORS.index("group"))
+
+CHUNK_COLUMNS = tl.constexpr(len(_CHUNKS))
+TENSOR = tl.constexpr(_CHUNKS.index("tensor"))
+INDEX = tl.constexpr(_CHUNKS.index("index"))
+SLOT = tl.constexpr(_CHUNKS.index("slot"))
+GROUP = tl.constexpr(_CHUNKS.index("group"))
+SCOPE = tl.constexpr(_CHUNKS.index("scope"))
+FIRST_OF_GROUP = tl.constexpr(_CHUNKS.index("first_of_group"))
+
+_GROUP_INTS, _GROUP_FLOATS = columns.GROUP_INTS, columns.GROUP_FLOATS
+GROUP_INTS = tl.constexpr(len(_GROUP_INTS))
+FIRST_PHASE = tl.constexpr(_GROUP_INTS.index("first_phase"))
+LAST_PHASE = tl.constexpr(_GROUP_INTS.index("last_phase"))
+LR = tl.constexpr(_GROUP_INTS.index("lr"))
+SCOPE_OF = tl.constexpr(_GROUP_INTS.index("scope"))
+
+GROUP_FLOATS = tl.constexpr(len(_GROUP_FLOATS))
+PEAK = tl.constexpr(_GROUP_FLOATS.index("peak"))
+LOG_B1_HI = tl.constexpr(_GROUP_FLOATS.index("log_b1_hi"))
+LOG_B1_LO = tl.constexpr(_GROUP_FLOATS.index("log_b1_lo"))
+LOG_B2_HI = tl.constexpr(_GROUP_FLOATS.index("log_b2_hi"))
+LOG_B2_LO = tl.constexpr(_GROUP_FLOATS.index("log_b2_lo"))
+ONE_B1 = tl.constexpr(_GROUP_FLOATS.index("one_b1"))
+B2 = tl.constexpr(_GROUP_FLOATS.index("b2"))
+ONE_B2 = tl.constexpr(_GROUP_FLOATS.index("one_b2"))
+EPS = tl.constexpr(_GROUP_FLOATS.index("eps"))
+WEIGHT_DECAY = tl.constexpr(_GROUP_FLOATS.index("weight_decay"))
+SIGN = tl.constexpr(_GROUP_FLOATS.index("sign"))
+
+_SCOPE_INTS, _SCOPE_FLOATS = columns.SCOPE_INTS, columns.SCOPE_FLOATS
+SCOPE_INTS = tl.constexpr(len(_SCOPE_INTS))
+NORMED = tl.constexpr(_SCOPE_INTS.index("normed"))
+SKIP_NONFINITE = tl.constexpr(_SCOPE_INTS.index("skip_nonfinite"))
+FIRST_SLOT = tl.constexpr(_SCOPE_INTS.index("first_slot"))
+LAST_SLOT = tl.constexpr(_SCOPE_INTS.index("last_slot"))
+
+SCOPE_FLOATS = tl.constexpr(len(_SCOPE_FLOATS))
+MAX_GRAD_NORM = tl.constexpr(_SCOPE_FLOATS.index("max_grad_norm"))
+
+
+@triton.jit
+def adamw(p, g, m, v, v_max, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2):
+    """`reference.adamw_` on one element; `v_max`, its largest v so far, is below 0 without amsgrad."""
+    g = g * factor
+    p = p - decay * p
+    m = m + (g - m) * one_b1
+    # in this order, as torch: the square of a finite gradient may overflow
+    v = b2 * v + (one_b2 * g) * g
+    # as torch.maximum: nan wins
+    v_max = tl.where((v <= v_max) | (v_max != v_max), v_max, v)
+    p = p - lr_bc1 * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v_max), root_bc2) + eps)
+    return p, m, v, v_max
+
+
+@triton.jit
+def narrow(x, TYPE: tl.constexpr):
+    """x, fp32, rounded to nearest in another type."""
+    if TRUNCATES and tl.bfloat16 == TYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        x = tl.where(x != x, 0x7FC0, nearest).to(tl.uint16).to(TYPE, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def at(address, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to the elements of a tile that begins at element `first` of an array."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+        return pointer + tl.multiple_of(first, WIDE) + tl.arange(0, WIDE)
+    else:
+        return pointer + first + tl.arange(0, NARROW)
+
+
+@triton.jit
+def read(pointers, inside, ALIGNED: tl.constexpr):
+    """The elements at some pointers in fp32, 0 outside."""
+    if ALIGNED:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=inside, other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def write(pointers, x, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Round and store elements, none of them outside."""
+    if ALIGNED:
+        tl.store(pointers, narrow(x, TYPE))
+    else:
+        tl.store(pointers, narrow(x, TYPE), mask=inside)
+
+
+@triton.jit
+def update_tile(
+    row,
+    g,
+    first,
+    left,
+    s,
+    PARAMS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """AdamW on a tile of a tensor from element `first`: `left` elements, or a whole tile if aligned."""
+    factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2 = s
+    inside = tl.arange(0, NARROW) < left
+    ps = at(tl.load(row + PARAM), first, PARAMS, ALIGNED)
+    ms = at(tl.load(row + EXP_AVG), first, MOMENTS, ALIGNED)
+    vs = at(tl.load(row + EXP_AVG_SQ), first, MOMENTS, ALIGNED)
+    p = read(ps, inside, ALIGNED)
+    g = read(at(g, first, PARAMS, ALIGNED), inside, ALIGNED)
+    m = read(ms, inside, ALIGNED)
+    v = read(vs, inside, ALIGNED)
+    v_max = tl.full(v.shape, -1.0, tl.float32)
+    if AMSGRAD:
+        # a group without it may share the launch; a mask of one value leaves the accesses wide
+        address = tl.load(row + MAX_EXP_AVG_SQ)
+        v_maxs = at(address, first, MOMENTS, ALIGNED)
+        # compared as a vector: the interpreter of Triton 3.9 takes a flag of one number for an integer
+        if ALIGNED:
+            kept = tl.zeros([WIDE], tl.int64) + address != 0
+        else:
+            kept = inside & (tl.zeros([NARROW], tl.int64) + address != 0)
+        v_max = tl.load(v_maxs, mask=kept, other=-1.0).to(tl.float32)
+    p, m, v, v_max = adamw(p, g, m, v, v_max, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2)
+    write(ps, p, inside, PARAMS, ALIGNED)
+    write(ms, m, inside, MOMENTS, ALIGNED)
+    write(vs, v, inside, MOMENTS, ALIGNED)
+    if AMSGRAD:
+        tl.store(v_maxs, narrow(v_max, MOMENTS), mask=kept)
+
+
+@triton.jit
+def square_tile(g, first, left, factor, PARAMS: tl.constexpr, ALIGNED: tl.constexpr):
+    """The sum of squares of `factor` times the gradients of a tile."""
+    g = read(at(g, first, PARAMS, ALIGNED), tl.arange(0, NARROW) < left, ALIGNED) * factor
+    return g * g
+
+
+@triton.jit
+def place(chunk, tensors, gradients):
+    """The row of a chunk's tensor, its gradient's address, the chunk's first element and how many it has."""
+    tensor = tl.load(chunk + TENSOR)
+    # -1 is the empty chunk of a group without elements: its row is not read, as the table may have none
+    gradient = tl.load(gradients + tensor, mask=tensor >= 0, other=0)
+    row = tensors + tensor * TENSOR_COLUMNS
+    first = tl.load(chunk + INDEX).to(tl.int64) * CHUNK_ELEMENTS
+    # a tensor whose gradient is missing has an address of 0, and is as one without elements
+    numel = tl.load(row + NUMEL, mask=gradient != 0, other=0)
+    return row, gradient, first, tl.minimum(numel - first, CHUNK_ELEMENTS)
+
+
+@triton.jit
+def decide(ints, floats, squares, found_inf):
+    """What holds for a scope, or a vector of scopes: its norm, the clipping coefficient, whether to skip.
+
+    `ints` and `floats` are its rows, `squares` points at its sum of squares.
+    """
+    normed = tl.load(ints + NORMED)
+    norm = tl.sqrt_rn(tl.load(squares, mask=normed != 0, other=float("nan")))
+    limit = tl.load(floats + MAX_GRAD_NORM)
+    # a nan stays; without clipping the limit is nan
+    coef = tl.div_rn(limit, norm + CLIP_EPS)
+    coef = tl.where((coef > 1) | (limit != limit), 1.0, coef)
+    # anything but 0, nan included; read as often as there are scopes, as the interpreter cannot spread a flag
+    skip = tl.load(found_inf + normed * 0) != 0
+    skip = skip | ((tl.load(ints + SKIP_NONFINITE) != 0) & ~(tl.abs(norm) < float("inf")))
+    return norm, coef, skip
+
+
+@triton.jit
+def lr_at(ints, floats, rate, phase_ints, phase_floats, table, k):
+    """The learning rate of the group with these rows at step k; `rate` points at the number it may be."""
+    first = tl.load(ints + FIRST_PHASE).to(tl.int32)
+    last = tl.load(ints + LAST_PHASE).to(tl.int32)
+    address = tl.load(ints + LR)
+    lr = tl.load(rate)
+    if first < last:
+        lr = tl.load(floats + PEAK) * evaluate(phase_ints, phase_floats, table, first, last, k)
+    elif address != 0:
+        lr = tl.load(address.to(tl.pointer_type(tl.float32)))
+    return lr
+
+
+@triton.jit
+def scalars(row, floats, lr, factor):
+    """What every element of a chunk is computed with."""
+    t = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))) + 1.0
+    bc1 = bias_correction(t, tl.load(floats + LOG_B1_HI), tl.load(floats + LOG_B1_LO))
+    bc2 = bias_correction(t, tl.load(floats + LOG_B2_HI), tl.load(floats + LOG_B2_LO))
+    return (
+        factor * tl.load(floats + SIGN),
+        lr * tl.load(floats + WEIGHT_DECAY),
+        tl.div_rn(lr, bc1),
+        tl.sqrt_rn(bc2),
+        tl.load(floats + EPS),
+        tl.load(floats + ONE_B1),
+        tl.load(floats + B2),
+        tl.load(floats + ONE_B2),
+    )
+
+
+@triton.jit
+def is_last(ticket, programs):
+    """Whether all other programs of the step have come here before; then the tickets start again."""
+    # every thread's reads and stores come before the ticket, which only one thread takes
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+# no value and no address is compiled in: a new step, tensor or group never recompiles
+_TABLES = ("gradients", "active", "tensors", "chunks", "ints", "floats", "rates")
+_COUNTERS = ("counts", "used", "squares", "partials", "tickets", "generation", "made_for")
+_LENGTHS = ("first", "programs", "groups", "scopes", "phases", "count")
+_RUNTIME = (*_TABLES, *_COUNTERS, "grad_scale", "found_inf", *_LENGTHS)
+
+
+def _kernel(fn):
+    names = [name for name in fn.__code__.co_varnames[: fn.__code__.co_argcount] if name in _RUNTIME]
+    return triton.jit(fn, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+@_kernel
+def norm_kernel(
+    gradients,  # int64 (tensors,): addresses, 0 where there is none
+    grad_scale,  # fp32 (1,)
+    tensors,  # int64 (tensors, TENSOR_COLUMNS)
+    chunks,  # int32 (chunks, CHUNK_COLUMNS)
+    ints,  # int64: (groups, GROUP_INTS), (scopes, SCOPE_INTS), (phases, PHASE_INTS)
+    squares,  # fp32 (scopes,)
+    partials,  # fp32 (slots,)
+    tickets,  # int32 (2,)
+    generation,  # int32 (1,): of the tensors and tables
+    made_for,  # the generation this launch was made for
+    first,  # row of the launch's first chunk
+    programs,  # of all norm launches of the step
+    groups,
+    scopes,
+    PARAMS: tl.constexpr,
+):
+    """The sum of squares of the unscaled gradients of every scope that needs a norm."""
+    # a replay of tensors that are gone: all programs of the step see the same
+    if tl.load(generation) != made_for:
+        return
+    chunk = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
+    scope_ints = ints + groups * GROUP_INTS
+    _, gradient, begin, count = place(chunk, tensors, gradients)
+    normed = tl.load(scope_ints + tl.load(chunk + SCOPE) * SCOPE_INTS + NORMED)
+    count = tl.where(normed != 0, count, 0)
+    factor = tl.div_rn(1.0, tl.load(grad_scale))
+    wide = tl.where(gradient % 16 == 0, count // WIDE * WIDE, 0)
+    sums = tl.zeros([WIDE], tl.float32)
+    for i in range(WIDE_TILES):
+        if i * WIDE < wide:
+            sums += square_tile(gradient, begin + i * WIDE, WIDE, factor, PARAMS, True)
+    rest = tl.zeros([NARROW], tl.float32)
+    for i in range(NARROW_TILES):
+        if (wide <= i * NARROW) & (i * NARROW < count):
+            rest += square_tile(gradient, begin + i * NARROW, count - i * NARROW, factor, PARAMS, False)
+    tl.store(partials + tl.load(chunk + SLOT), tl.sum(sums) + tl.sum(rest))
+    if is_last(tickets, programs):
+        finish_squares(scope_ints, squares, partials, scopes)
+
+
+@triton.jit
+def finish_squares(scope_ints, squares, partials, scopes):
+    """Add up the partial sums of every scope, lane by lane and then over lanes: always in the same order."""
+    scope = 0
+    lanes = tl.arange(0, SUMS)
+    while scope < scopes:
+        row = scope_ints + scope * SCOPE_INTS
+        slot = tl.load(row + FIRST_SLOT)
+        last = tl.load(row + LAST_SLOT)
+        total = tl.zeros([SUMS], tl.float32)
+        while slot < last:
+            total += tl.load(partials + slot + lanes, mask=slot + lanes < last, other=0.0)
+            slot += SUMS
+        tl.store(squares + scope, tl.sum(total))
+        scope += 1
+
+
+@_kernel
+def step_kernel(
+    gradients,  # int64 (tensors,): addresses, 0 where there is none
+    active,  # int32 (scopes,): whether the scope makes this step
+    grad_scale,  # fp32 (1,)
+    found_inf,  # fp32 (1,)
+    tensors,  # int64 (tensors, TENSOR_COLUMNS)
+    chunks,  # int32 (chunks, CHUNK_COLUMNS)
+    ints,  # int64: (groups, GROUP_INTS), (scopes, SCOPE_INTS), (phases, PHASE_INTS)
+    floats,  # fp32: (groups, GROUP_FLOATS), (scopes, SCOPE_FLOATS), (phases, PHASE_FLOATS), tables
+    rates,  # fp32 (groups,): rates that are given as numbers
+    counts,  # int64 (4, groups): k, skipped, skips_in_row, stale
+    used,  # fp32 (3, groups): lr, grad_norm, coef
+    squares,  # fp32 (scopes,)
+    tickets,  # int32 (2,)
+    generation,  # int32 (1,): of the tensors and tables
+    made_for,  # the generation this launch was made for
+    first,  # row of the launch's first chunk
+    programs,  # of all step launches of the step
+    groups,
+    scopes,
+    phases,
+    count,  # tensors
+    PARAMS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+):
+    """One optimizer step on the tensors of a bucket; the last program of all buckets counts it."""
+    if tl.load(generation) != made_for:
+        if (first == 0) & (tl.program_id(0) == 0):
+            stale = counts + 3 * groups
+            before = tl.load(stale)
+            # every thread reads the counter, one writes it
+            tl.debug_barrier()
+            tl.store(stale, before + 1)
+        return
+    chunk = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
+    group = tl.load(chunk + GROUP)
+    scope = tl.load(chunk + SCOPE)
+    group_ints = ints + group * GROUP_INTS
+    group_floats = floats + group * GROUP_FLOATS
+    scope_ints = ints + groups * GROUP_INTS
+    scope_floats = floats + groups * GROUP_FLOATS
+    phase_ints = scope_ints + scopes * SCOPE_INTS
+    phase_floats = scope_floats + scopes * SCOPE_FLOATS
+    table = phase_floats + phases * PHASE_FLOATS
+    k = tl.load(counts + group)
+    lr = lr_at(group_ints, group_floats, rates + group, phase_ints, phase_floats, table, k)
+    norm, coef, skip = decide(
+        scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+    )
+    if (tl.load(chunk + FIRST_OF_GROUP) != 0) & (tl.load(active + scope) != 0):
+        tl.store(used + group, lr)
+        tl.store(used + groups + group, norm)
+        tl.store(used + 2 * groups + group, coef)
+    row, gradient, begin, left = place(chunk, tensors, gradients)
+    if (left > 0) & (~skip):
+        s = scalars(row, group_floats, lr, tl.div_rn(1.0, tl.load(grad_scale)) * coef)
+        addresses = gradient | tl.load(row + PARAM) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
+        if AMSGRAD:
+            addresses = addresses | tl.load(row + MAX_EXP_AVG_SQ)
+        wide = tl.where(addresses % 16 == 0, left // WIDE * WIDE, 0)
+        for i in range(WIDE_TILES):
+            if i * WIDE < wide:
+                update_tile(row, gradient, begin + i * WIDE, WIDE, s, PARAMS, MOMENTS, AMSGRAD, True)
+        for i in range(NARROW_TILES):
+            if (wide <= i * NARROW) & (i * NARROW < left):
+                update_tile(
+                    row, gradient, begin + i * NARROW, left - i * NARROW, s, PARAMS, MOMENTS, AMSGRAD, False
+                )
+    if is_last(tickets + 1, programs):
+        count_step(
+            gradients,
+            active,
+            found_inf,
+            tensors,
+            ints,
+            scope_ints,
+            scope_floats,
+            counts,
+            squares,
+            groups,
+            count,
+        )
+
+
+@triton.jit
+def count_step(
+    gradients, active, found_inf, tensors, ints, scope_ints, scope_floats, counts, squares, groups, count
+):
+    """Move the counters of the groups that made the step and of the tensors that were updated."""
+    lanes = tl.arange(0, LANES)
+    begin = 0
+    while begin < groups:
+        inside = begin + lanes < groups
+        group = tl.where(inside, begin + lanes, 0)
+        scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
+        _, _, skip = decide(
+            scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+        )
+        inside = inside & (tl.load(active + scope) != 0)
+        skipped = skip.to(tl.int64)
+        # lanes outside point at the counters of group 0, which its own lane writes: they must not read them
+        ks = counts + group
+        k = tl.load(ks, mask=inside, other=0)
+        tl.store(ks, k + (1 - skipped), mask=inside)
+        totals = ks + groups
+        tl.store(totals, tl.load(totals, mask=inside, other=0) + skipped, mask=inside)
+        runs = totals + groups
+        tl.store(runs, (tl.load(runs, mask=inside, other=0) + 1) * skipped, mask=inside)
+        begin += LANES
+    begin = 0
+    while begin < count:
+        inside = begin + lanes < count
+        tensor = tl.where(inside, begin + lanes, 0)
+        row = tensors + tensor * TENSOR_COLUMNS
+        scope = tl.load(ints + tl.load(row + GROUP_OF) * GROUP_INTS + SCOPE_OF)
+        _, _, skip = decide(
+            scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+        )
+        ts = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
+        inside = inside & (tl.load(gradients + tensor) != 0) & ~skip
+        tl.store(ts, tl.load(ts, mask=inside, other=0.0) + 1.0, mask=inside)
+        begin += LANES
+
+
+def options(target: GPUTarget, amsgrad: bool) -> dict[str, int | bool]:
+    """Compiler options of a launch; nothing is left to defaults that decide about bits."""
+    chosen: dict[str, int | bool] = {"num_stages": 1, "enable_fp_fusion": False}
+    chosen["num_warps"] = THREADS // target.warp_size
+    if amsgrad and target.backend == "cuda":
+        # ptxas stops at 80 registers here and spills 12 bytes for it, where 96 hold everything
+        chosen["maxnreg"] = 128
+    return chosen

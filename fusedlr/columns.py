@@ -1,0 +1,76 @@
+"""The names that Python, C++, CUDA and Triton share: what is kept per tensor, and the columns of every table.
+
+`header` writes them for csrc/, where they are the generated columns.h. Nothing is imported here: setup.py
+reads this file before there is torch.
+"""
+
+# What the optimizer keeps per parameter in `optimizer.state`, beside `step`: name -> the option of its param
+# group under which there is such a tensor; None where there always is one.
+STATE: dict[str, str | None] = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
+
+# Elements per chunk of a tensor, which is the work of one program on a GPU. Its own part of the traffic, 112
+# KiB in fp32, is some 30 times what it reads to get there, and tensors of a few thousand elements still
+# spread over all processors.
+CHUNK = 4096
+
+# The tables of a step on a GPU are matrices in row-major order, as the values of a row are used together.
+
+# int64 per tensor: addresses, number of elements, index of its group
+TENSORS = ("param", *STATE, "step", "numel", "group")
+# int32 per chunk: its tensor (-1: none), which chunk of the tensor it is, its slot in the partial sums (which
+# are in the order of scopes, groups and tensors), its group, the group's scope (so that a program reads the
+# rows of both at once), whether it is the group's first
+CHUNKS = ("tensor", "index", "slot", "group", "scope", "first_of_group")
+# int64 per group: rows of its schedule's phases (none: the rate is given), address of a rate on the device or
+# 0 (the rate is a number in a table of its own), its scope
+GROUP_INTS = ("first_phase", "last_phase", "lr", "scope")
+# fp32 per group: the peak; betas as the step needs them; sign is -1 to maximize
+GROUP_FLOATS = (
+    "peak",
+    "log_b1_hi",
+    "log_b1_lo",
+    "log_b2_hi",
+    "log_b2_lo",
+    "one_b1",
+    "b2",
+    "one_b2",
+    "eps",
+    "weight_decay",
+    "sign",
+)
+# int64 per scope: whether its norm is needed, whether it skips a step whose norm is not finite, its slots in
+# the partial sums
+SCOPE_INTS = ("normed", "skip_nonfinite", "first_slot", "last_slot")
+# fp32 per scope: what its norm is clipped to, nan without clipping
+SCOPE_FLOATS = ("max_grad_norm",)
+# int64 per phase; `whole` is restarts, whole half waves, or the position in the table
+PHASE_INTS = ("begin", "end", "origin", "shape", "whole")
+# fp32 per phase; the parts of `param` add up to the power, the time scale or the rest of a half wave
+PHASE_FLOATS = ("from_", "to", "param_hi", "param_lo")
+
+# C++ struct -> type of its members, and their names
+_STRUCTS = {
+    "TensorRow": ("int64_t", TENSORS),
+    "ChunkRow": ("int32_t", CHUNKS),
+    "GroupInts": ("int64_t", GROUP_INTS),
+    "GroupFloats": ("float", GROUP_FLOATS),
+    "ScopeInts": ("int64_t", SCOPE_INTS),
+    "ScopeFloats": ("float", SCOPE_FLOATS),
+    "PhaseInts": ("int64_t", PHASE_INTS),
+    "PhaseFloats": ("float", PHASE_FLOATS),
+}
+
+
+def header() -> str:
+    """The same names in C++: an index for every tensor of the state, a struct for the rows of every table."""
+    lines = [
+        "// Generated from fusedlr/columns.py.",
+        "#pragma once",
+        "#include <cstdint>",
+        "namespace fusedlr {",
+        f"enum State : int {{ {', '.join(f'k_{name}' for name in STATE)}, kStates }};",
+        f"constexpr int64_t kChunkElements = {CHUNK};",
+    ]
+    for struct, (type_, names) in _STRUCTS.items():
+        lines.append(f"struct {struct} {{ {type_} {', '.join(names)}; }};")
+    return "\n".join([*lines, "}  // namespace fusedlr", ""])

@@ -1,0 +1,342 @@
+"""How far an optimizer is: k, t and skips on the device, what the host knows of them, and what it shows.
+
+`Counts` is one object per optimizer. The host learns what the device counts without ever waiting for it, but
+for `sync` and `read`, which checkpoints use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlr.groups import Notes, ParamGroup, has_schedule, set_quietly
+from fusedlr.reference import Counters, Made, scalar_dtype
+from fusedlr.schedule import Schedule, check_schedule
+from fusedlr.warn import warn
+
+# dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
+_SKIPS_TO_WARN = 10
+
+
+@dataclass
+class _Copy:
+    """A copy of the counters on its way to the host."""
+
+    values: Tensor
+    arrived: torch.Event
+    advances: list[int]
+
+
+class Counts:
+    """The counters of all groups, in the order of `param_groups`, and the host's view of them.
+
+    Between copies from a GPU the host counts every step as made, so `k` runs ahead by the steps skipped
+    since.
+
+    Attributes:
+        counters: the counters on the device; replaced when groups or the device change. k: per group the
+        updates made, as far as the host knows. shown: per group the step whose rate `group["lr"]` shows.
+        k_loaded: what a loaded scheduler state says of `k`, until a step or the optimizer's own state
+        follows.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        notes: Notes,
+        defaults: dict[str, Any],
+        device: torch.device,
+        k: list[int],
+        skipped: list[int] | None = None,
+    ) -> None:
+        self._notes, self._defaults = notes, defaults
+        self._groups = list(groups)
+        self.k: list[int] = []
+        self.shown: list[int] = []
+        self._advances: list[int] = []
+        self._in_flight: _Copy | None = None
+        self._warned_skips = False
+        self._stale = 0
+        self.k_loaded: list[int] | None = None
+        self.counters = Counters.zeros(len(k), device)
+        if skipped:
+            self.counters.skipped.copy_(torch.tensor(skipped, device="cpu"))
+        self.place(k)
+        self.show(groups, self.k)
+
+    # the groups that are counted
+
+    def adopt(self, groups: list[dict[str, Any]]) -> None:
+        """Wrap groups that were put into `param_groups` from outside, and count for the groups that are
+        there.
+        """
+        if not self._notes.changed and _same(groups, self._groups):
+            return
+        for i, group in enumerate(groups):
+            if not (isinstance(group, ParamGroup) and group.belongs_to(self._notes)):
+                groups[i] = self._wrapped(i, group)
+        if not _same(groups, self._groups):
+            self._follow(groups)
+        for group in groups:
+            # a schedule assigned to a running group is resolved as one given at the start
+            if has_schedule(group):
+                check_schedule(group["schedule"])
+                set_quietly(group, "schedule", group["schedule"].resolve(self._defaults["lr"]))
+                if "initial_lr" not in group:
+                    set_quietly(group, "initial_lr", float(group["lr"]))
+
+    def _wrapped(self, i: int, group: dict[str, Any]) -> ParamGroup:
+        wrapped = ParamGroup(group, self._notes)
+        schedule = wrapped.get("schedule")
+        if isinstance(schedule, (list, tuple)):
+            schedule = Schedule.from_numbers(schedule)
+            set_quietly(wrapped, "schedule", schedule)
+        if schedule is not None and "initial_lr" in wrapped and i < len(self.shown):
+            # a plain dict does not tell who assigned its lr; a rate that is not ours did come from outside
+            ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self.shown[i], self.k[i])}
+            if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
+                self._notes.lr_assigned.add(id(wrapped))
+        self._notes.changed = True
+        return wrapped
+
+    def _follow(self, groups: list[dict[str, Any]]) -> None:
+        """Count for these groups: each goes on at its own counts, wherever it stood, and a new one starts at
+        0.
+        """
+        self.sync()
+        old, before = self.counters, self._groups
+        owner = {id(p): i for i, group in enumerate(before) for p in group["params"]}
+        place = {id(group): i for i, group in enumerate(before)}
+        origins = [
+            place.get(id(group), next((owner[id(p)] for p in group["params"] if id(p) in owner), None))
+            for group in groups
+        ]
+        for i, group in enumerate(before):
+            if i not in origins and isinstance(group, ParamGroup):
+                group.counts = old.counts[:, i].clone()
+        self._replace(Counters.zeros(len(groups), old.counts.device))
+        if old.used.dtype == torch.float32:
+            self.counters.use_fp32()
+        shown, taken = [], set()
+        for i, (group, origin) in enumerate(zip(groups, origins, strict=True)):
+            shown.append(0)
+            if origin is not None and origin not in taken:
+                taken.add(origin)
+                self.counters.counts[:3, i] = old.counts[:3, origin]
+                self.counters.used[:, i] = old.used[:, origin]
+                shown[i] = self.shown[origin]
+            elif isinstance(group, ParamGroup) and group.counts is not None:
+                self.counters.counts[:3, i] = group.counts[:3].to(self.counters.counts.device)
+                shown[i] = int(group.counts[0])
+            if isinstance(group, ParamGroup):
+                group.counts = None
+        if old.stale.numel() and groups:
+            self.counters.stale[0] = old.stale.max()
+        self._groups = list(groups)
+        self.shown = shown
+        self.sync()
+
+    def place_on(self, device: torch.device, *, fp32: bool) -> None:
+        """Keep the counters on this device, and what a step uses in fp32 where the kernels have no fp64."""
+        if device != self.counters.k.device:
+            self.sync()
+            old = self.counters
+            self._replace(Counters.zeros(len(self.k), device))
+            self.counters.counts.copy_(old.counts)
+            self.sync()
+        if fp32 and self.counters.used.dtype != torch.float32:
+            self.counters.use_fp32()
+            self._notes.changed = True
+
+    def _replace(self, counters: Counters) -> None:
+        """Count in these from now on; a plan has the addresses of the old ones."""
+        if counters.counts.device == self.counters.counts.device:
+            counters.math = self.counters.math
+        counters.graphs = self.counters.graphs
+        self.counters = counters
+        self._notes.changed = True
+
+    # what a step has made of the counters
+
+    def made(self, made: Made | None, active: Sequence[bool]) -> None:
+        """Take what a step tells, or count one step of the active groups until a copy says more."""
+        self.k_loaded = None
+        self.shown = self.k
+        if made is not None:
+            self.k = made.k
+            self._warn_skips(made.skips_in_row)
+            return
+        self.k = [k + one for k, one in zip(self.k, active, strict=True)]
+        self._advances = [n + one for n, one in zip(self._advances, active, strict=True)]
+        if self.counters.k.device.type != "cuda":
+            # on the CPU the counters are at hand: nothing to wait for
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Take the last copy that has arrived and start the next one; never waits."""
+        device = self.counters.k.device
+        if device.type == "cpu":
+            # every step does this, so metrics are left until they are asked for
+            self.k, _, in_row, _ = self.counters.counts.tolist()
+            self._warn_skips(in_row)
+            return
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # events cannot be queried then
+            return
+        if self._in_flight is not None:
+            if not self._in_flight.arrived.query():
+                return
+            self._take(self._in_flight.values, self._in_flight.advances)
+        packed = _pack(self.counters)
+        values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        values.copy_(packed, non_blocking=True)
+        arrived = torch.Event(device)
+        # of the counters' device, which may not be the current one
+        arrived.record(torch.accelerator.current_stream(device))
+        self._in_flight = _Copy(values, arrived, list(self._advances))
+
+    def sync(self) -> None:
+        """Read the counters now (waits for the device)."""
+        values = _pack(self.counters).cpu()
+        self._advances = [0] * values.shape[1]
+        self._in_flight = None
+        self._take(values, self._advances)
+
+    def read(self, groups: list[dict[str, Any]]) -> list[int]:
+        """Updates made per group, from the device (waits for it); corrects rates shown too far ahead."""
+        self.sync()
+        if any(shown > now for shown, now in zip(self.shown, self.k, strict=False)):
+            self.show(groups, self.k)
+        return list(self.k)
+
+    def place(self, k: Sequence[int]) -> None:
+        """Put `k` onto the device (waits for it)."""
+        self.counters.k.copy_(torch.tensor(k, dtype=torch.int64, device="cpu"))
+        self.sync()
+
+    def go_to(self, groups: list[dict[str, Any]], k: list[int]) -> None:
+        """Continue every group's schedule at `k`; a checkpoint loaded before the next step keeps it so."""
+        self.k_loaded = list(k)
+        self.place(k)
+        self.show(groups, k)
+
+    # what the host shows
+
+    def show(self, groups: list[dict[str, Any]], k: Sequence[int]) -> None:
+        """Put the rate of step `k` of every scheduled group into `group["lr"]`."""
+        self.shown = list(k)
+        for step, group in zip(k, groups, strict=False):
+            if has_schedule(group):
+                set_quietly(group, "lr", group["schedule"].lr_at(step, group["initial_lr"]))
+                self._notes.lr_assigned.discard(id(group))
+
+    def show_next(self, groups: list[dict[str, Any]]) -> None:
+        """Show the rate of every group's coming update, as far as the host knows which that is."""
+        self.adopt(groups)
+        self.refresh()
+        self.show(groups, self.k)
+
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """Per group, as of the last copy that has arrived; as of now on the CPU."""
+        if self.counters.k.device.type == "cpu":
+            self.sync()
+        return self._metrics
+
+    def _take(self, values: Tensor, advances: list[int]) -> None:
+        k, skipped, in_row, stale, lr, norm, coef = values.tolist()
+        # steps counted here after the copy was started are not in it
+        self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
+        self._metrics: dict[str, list[Any]] = {
+            "lr": lr,
+            "grad_norm": norm,
+            "coef": coef,
+            "skipped": [int(x) for x in skipped],
+            "step": [int(x) for x in k],
+        }
+        self._warn_skips(in_row)
+        if max(stale, default=0) > self._stale:
+            self._stale = int(max(stale))
+            raise RuntimeError(
+                f"{self._stale} replays of a captured step did nothing: parameters or optimizer state have "
+                "been moved, replaced or added since the capture. Capture the CUDA graph again"
+            )
+
+    def _warn_skips(self, in_row: Sequence[float]) -> None:
+        if self._warned_skips or max(in_row, default=0) < _SKIPS_TO_WARN:
+            return
+        self._warned_skips = True
+        norms = self.metrics["grad_norm"]
+        warn(
+            f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
+            f"(last gradient norm {max(norms):g})"
+        )
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _pack(counters: Counters) -> Tensor:
+    """All counters as one matrix (7, groups) of floats, so that one copy takes them."""
+    # a backend may keep in fp32 what a step used; `k` would lose its last digits in it
+    dtype = scalar_dtype(counters.k.device)
+    return torch.cat([counters.counts.to(dtype), counters.used.to(dtype)])
+
+
+class UpdateCounts:
+    """One float32 tensor of update counts per device, of which every `state[p]["step"]` is a view."""
+
+    def __init__(self) -> None:
+        # parameter -> its view, and where that was made
+        self._views: dict[Tensor, Tensor] = {}
+        self._places: dict[Tensor, int] = {}
+
+    def has_all(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether these parameters and no others have their views, and the state holds them."""
+        return len(params) == len(self._views) and all(
+            self._has_place(p) and (state.get(p) or {}).get("step") is self._views[p] for p in params
+        )
+
+    def place(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Let `state[p]["step"]` of every parameter that has state be a view; the counts that are there are
+        kept.
+
+        `params`: every parameter that has state or may get some.
+        """
+        # parameters that are gone must not be kept alive here
+        if len(params) != len(self._views) or not all(map(self._has_place, params)):
+            self._views = _views(params)
+            self._places = {p: view.data_ptr() for p, view in self._views.items()}
+        for p in params:
+            view, entry = self._views[p], state.get(p)
+            if not entry or entry.get("step") is view:
+                continue
+            current = entry.get("step")
+            if current is None:
+                view.zero_()
+            elif isinstance(current, Tensor):
+                view.copy_(current.reshape(()))
+            else:
+                view.fill_(float(current))
+            entry["step"] = view
+
+    def _has_place(self, p: Tensor) -> bool:
+        """Whether the view of `p` is still the element that it was made as."""
+        view = self._views.get(p)
+        if view is None or view.device != p.device:
+            return False
+        return view.data_ptr() == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
+
+
+def _views(params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    views: dict[Tensor, Tensor] = {}
+    for device in {p.device for p in params}:
+        here = [p for p in params if p.device == device]
+        counts = torch.zeros(len(here), dtype=torch.float32, device=device)
+        views.update(zip(here, counts.unbind(), strict=True))
+    return views

@@ -1,0 +1,326 @@
+"""What a captured step does when it is replayed, without a GPU: a graph is a list of launches.
+
+Everything but the capture itself is the code that runs on a GPU; tests/gpu/test_on_device.py has real graphs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from harness import relative_difference
+from tolerances import GPU_STEP
+from torch import Tensor, nn
+
+import fusedlr
+from fusedlr.backends import compiled, order
+from fusedlr.backends.gpu import arguments, cuda, graphs, tables, triton
+
+SCHEDULE = fusedlr.linear(warmup_steps=2, total_steps=30)
+
+
+class Graph:
+    """Launches and copies, recorded while `capture` is open, made again by `replay`."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], Any]] = []
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
+    @contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        run, current = triton.launch, cuda.CudaStepper._current
+
+        def record(*launch: Any) -> None:
+            graph.launches.append(lambda: run(*launch))
+
+        def recorder(stepper: Any, signals: Any) -> Any:
+            launcher, given = current(stepper, signals)
+            rows = 0 if stepper._in_table else len(stepper._inputs.gradients)
+            return Recorder(graph, launcher, rows), given
+
+        with monkeypatch.context() as patch:
+            for module in (arguments, graphs, tables, order, cuda):
+                patch.setattr(module, "capturing", lambda device: True)
+            patch.setattr(triton, "launch", record)
+            patch.setattr(cuda.CudaStepper, "_current", recorder)
+            yield
+
+    return capture
+
+
+class Recorder:
+    """Stands for the launches in CUDA: a graph keeps their parameters, gradients' addresses among them."""
+
+    def __init__(self, graph: Graph, launcher: Any, rows: int) -> None:
+        self._graph, self._launcher, self._rows = graph, launcher, rows
+
+    def step(self, gradients: int, *rest: int) -> None:
+        addresses = (ctypes.c_uint64 * self._rows)()
+        if self._rows:
+            ctypes.memmove(addresses, gradients, ctypes.sizeof(addresses))
+
+        def launch() -> None:
+            self._launcher.step(ctypes.addressof(addresses) if self._rows else gradients, *rest)
+
+        self._graph.launches.append(launch)
+
+
+@pytest.fixture(autouse=True, params=("with the launch", "in a table"))
+def gradients(request: pytest.FixtureRequest, gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a graph has the gradients' addresses."""
+    if gpu_backend != "cuda" and request.param == "with the launch":
+        pytest.skip("Triton's kernels find them in a table")
+    if gpu_backend == "cuda" and request.param == "in a table":
+        monkeypatch.setattr(compiled.cuda, "most_gradients", 0)
+
+
+def make(backend: str, sizes: tuple[int, ...] = (5, 1500), **options: Any) -> fusedlr.FusedAdamW:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    settings = {"lr": 0.01, "schedule": SCHEDULE, "max_grad_norm": 1.0, **options}
+    return fusedlr.FusedAdamW(params, backend=backend, **settings)
+
+
+def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def captured(gpu_backend: str, capture: Any, **options: Any) -> tuple[fusedlr.FusedAdamW, Graph]:
+    """An optimizer that has made one step, and a graph of the next."""
+    optimizer, graph = make(gpu_backend, **options), Graph()
+    optimizer.step()
+    with capture(graph):
+        optimizer.step()
+    return optimizer, graph
+
+
+def stale(optimizer: fusedlr.FusedAdamW) -> bool:
+    try:
+        optimizer._counts.sync()
+    except RuntimeError as error:
+        assert "Capture the CUDA graph again" in str(error)
+        return True
+    return False
+
+
+def test_a_replay_is_a_step(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture)
+    other = make("reference")
+    other.step()
+    for _ in range(5):
+        graph.replay()
+        other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
+    assert optimizer.metrics()["step"].tolist() == [6]
+    # the capture itself made no step
+    assert {s["step"].item() for s in optimizer.state.values()} == {6.0}
+
+
+def test_a_replay_follows_a_hyperparameter_after_one_step_outside(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture)
+    other = make("reference")
+    other.step()
+    for o in (optimizer, other):
+        o.param_groups[0]["weight_decay"] = 0.5
+        o.param_groups[0]["initial_lr"] = 0.1
+        o.max_grad_norm = 0.3
+        o.step()
+    graph.replay()
+    other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
+    assert not stale(optimizer)
+
+
+def clip_no_more(optimizer: Any) -> None:
+    optimizer.max_grad_norm = None
+
+
+def another_number_of_phases(optimizer: Any) -> None:
+    optimizer.param_groups[0]["schedule"] = fusedlr.warmup_stable_decay(2, 5, 30)
+
+
+def add_a_parameter(optimizer: Any) -> None:
+    new = nn.Parameter(torch.ones(3))
+    new.grad = torch.ones(3)
+    optimizer.param_groups[0]["params"].append(new)
+
+
+def add_an_empty_group(optimizer: Any) -> None:
+    optimizer.add_param_group({"params": []})
+
+
+def move_a_parameter(optimizer: Any) -> None:
+    p = optimizer.param_groups[0]["params"][0]
+    # kept, as a graph would read freed memory without the check
+    p.kept, p.data = p.data, p.data.clone()
+
+
+def replace_a_moment(optimizer: Any) -> None:
+    for state in optimizer.state.values():
+        state["kept"] = state["exp_avg"]
+        state["exp_avg"] = state["exp_avg"].clone()
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        clip_no_more,
+        another_number_of_phases,
+        add_a_parameter,
+        add_an_empty_group,
+        move_a_parameter,
+        replace_a_moment,
+    ),
+)
+def test_a_replay_that_is_out_of_date_does_nothing_and_says_so(
+    gpu_backend: str, change: Any, capture: Any
+) -> None:
+    optimizer, graph = captured(gpu_backend, capture)
+    graph.replay()
+    assert not stale(optimizer)
+    change(optimizer)
+    optimizer.step()
+    before, k = weights(optimizer), optimizer.metrics()["step"].tolist()
+    graph.replay()
+    assert all(map(torch.equal, weights(optimizer), before))
+    assert optimizer.metrics()["step"].tolist() == k
+    # the counters of the groups that there were are gone
+    assert stale(optimizer) or change is add_an_empty_group
+
+
+@pytest.mark.parametrize("groups", ("joint", "independent"))
+def test_a_graph_has_gradients_that_a_step_outside_has_not(
+    gpu_backend: str, groups: str, capture: Any
+) -> None:
+    def two_groups(backend: str) -> fusedlr.FusedAdamW:
+        (a, b), (c,) = (nn.Parameter(torch.ones(n)) for n in (5, 1500)), (nn.Parameter(torch.ones(7)),)
+        for p in (a, b, c):
+            p.grad = torch.full_like(p, 0.1)
+        settings = {"lr": 0.01, "schedule": SCHEDULE, "max_grad_norm": 1.0, "groups": groups}
+        return fusedlr.FusedAdamW([{"params": [a, b]}, {"params": [c]}], backend=backend, **settings)
+
+    optimizer, other, graph = two_groups(gpu_backend), two_groups("reference"), Graph()
+    optimizer.step(), other.step()
+    with capture(graph):
+        optimizer.step()
+    kept = []
+    for o in (optimizer, other):
+        own = [p for group in o.param_groups for p in group["params"]][1:]
+        kept.append([(p, p.grad) for p in own])
+        for p in own:
+            p.grad = None
+        o.step()
+    for _ in range(2):
+        graph.replay()
+        for p, grad in kept[1]:
+            p.grad = grad
+        other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
+    assert optimizer.metrics()["step"].tolist() == other.metrics()["step"].tolist()
+    steps = [[s["step"].item() for s in o.state.values()] for o in (optimizer, other)]
+    assert steps[0] == steps[1] == [4, 3, 3] and not stale(optimizer)
+
+
+def test_clipping_that_comes_later_needs_a_new_capture(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture, max_grad_norm=None)
+    optimizer.max_grad_norm = 1.0
+    optimizer.step()
+    graph.replay()
+    assert stale(optimizer)
+
+
+def test_a_graph_captured_again_is_right(gpu_backend: str, capture: Any) -> None:
+    optimizer, _ = captured(gpu_backend, capture)
+    other = make("reference")
+    other.step()
+    for o in (optimizer, other):
+        o.max_grad_norm = None
+        o.step()
+    graph = Graph()
+    with capture(graph):
+        optimizer.step()
+    graph.replay()
+    other.step()
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
+
+
+def test_a_hyperparameter_changed_just_before_a_capture_is_refused(gpu_backend: str, capture: Any) -> None:
+    optimizer = make(gpu_backend)
+    optimizer.step()
+    optimizer.param_groups[0]["eps"] = 0.1
+    with capture(Graph()), pytest.raises(RuntimeError, match="make one step before the capture"):
+        optimizer.step()
+
+
+def test_two_captures_without_a_step_between(gpu_backend: str, capture: Any) -> None:
+    optimizer, _ = captured(gpu_backend, capture)
+    graph = Graph()
+    if gpu_backend == "triton" or compiled.cuda.most_gradients == 0:
+        # a table of addresses for the second is allocated by the step between them
+        with capture(Graph()), pytest.raises(RuntimeError, match="before every capture"):
+            optimizer.step()
+        optimizer.step()
+    with capture(graph):
+        optimizer.step()
+    k = optimizer.metrics()["step"].item()
+    graph.replay()
+    assert optimizer.metrics()["step"].item() == k + 1
+
+
+def test_a_gradient_that_is_back_in_the_capture_is_refused(gpu_backend: str, capture: Any) -> None:
+    optimizer = make(gpu_backend, groups="independent")
+    p, q = optimizer.param_groups[0]["params"]
+    optimizer.step()
+    kept, p.grad, q.grad = (p.grad, q.grad), None, None
+    optimizer.step()
+    p.grad, q.grad = kept
+    # which scopes make the step is uploaded
+    with capture(Graph()), pytest.raises(RuntimeError, match="with gradients for the same parameters"):
+        optimizer.step()
+    optimizer.step()
+    with capture(Graph()):
+        optimizer.step()
+
+
+def test_tensors_that_have_moved_before_a_capture_are_refused(gpu_backend: str, capture: Any) -> None:
+    optimizer, _ = captured(gpu_backend, capture)
+    optimizer.step()
+    move_a_parameter(optimizer)
+    with capture(Graph()), pytest.raises(RuntimeError, match="tensors have changed since the last step"):
+        optimizer.step()
+
+
+def test_a_group_added_later_leaves_the_graph_its_memory(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture)
+    new = nn.Parameter(torch.ones(3))
+    new.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [new]})
+    optimizer.step()
+    before = weights(optimizer)
+    graph.replay()
+    assert all(map(torch.equal, weights(optimizer), before))
+
+
+def test_gradients_of_the_graph_are_its_own(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture)
+    params = optimizer.param_groups[0]["params"]
+    static = [p.grad for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, 7.0)
+    optimizer.step()
+    for grad in static:
+        grad.zero_()
+    graph.replay()
+    assert optimizer.metrics()["grad_norm"].item() == 0
