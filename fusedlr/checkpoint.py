@@ -1,122 +1,412 @@
-"""Loading an optimizer state dict, ours or torch AdamW's: checked in full before anything changes.
+"""state_dict and load_state_dict, ours and torch AdamW's: a file is checked in full before anything changes.
 
-Called by `FusedAdamW`. Unlike torch's own loader it never narrows a moment to the parameter's dtype, copies
-into the tensors that are there, and carries the schedule over.
+Called by `FusedAdamW` and its scheduler's view. Unlike torch's own loader this one never narrows a moment to
+the parameter's dtype, copies into the tensors that are there, and carries the schedule over. What a file says
+of schedules lies under one key beside AdamW's, `OWN_KEY`, which other optimizers ignore.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from itertools import chain, pairwise
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedlr import arguments
 from fusedlr.columns import STATE
-from fusedlr.groups import parameter_name, set_quietly
+from fusedlr.groups import OWN_KEYS, has_schedule, parameter_name
 from fusedlr.schedule import Schedule
 from fusedlr.step import State, dtype_of_state
 from fusedlr.warn import warn
 
 Groups = list[dict[str, Any]]
 
-# what a group with a schedule carries beside AdamW's keys
-SCHEDULE_KEYS = ("schedule", "k", "k_at_step")
+# where a state dict has what AdamW's does not
+OWN_KEY = "fusedlr"
+# 1 kept schedule, k and k_at_step as keys of the groups
+FORMAT = 2
+# step counts are float32, as torch's: the largest that is one more than another
+_MAX_STEP = 2**24
+_MAX_K = 2**62
+_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(ours: Groups, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
-    """Map the file's parameter ids to this optimizer's parameters.
+class IncompatibleKeys(NamedTuple):
+    """What `load_state_dict(strict=False)` did not load.
+
+    Attributes:
+        missing_keys: names of parameters that the file has no fitting state for.
+        unexpected_keys: names in the file that no parameter has taken.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass
+class Loaded:
+    """What is to be put into an optimizer, checked."""
+
+    groups: Groups
+    k: list[int]
+    skipped: list[int] | None = None
+    entries: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    # entries of the file that belong to no parameter
+    others: dict[Any, Any] = field(default_factory=dict)
+    disagreements: list[str] = field(default_factory=list)
+
+
+def own_state(
+    groups: Groups, state: State, k: list[int], skipped: list[int], *, joint: bool
+) -> dict[str, Any]:
+    """What a file has of ours: schedules in plain numbers, peaks, limits, and how far every group is."""
+    latest = max_steps(groups, state, joint=joint)
+    own = []
+    for i, group in enumerate(groups):
+        schedule = group.get("schedule")
+        own.append(
+            {
+                "schedule": None if schedule is None else schedule.to_numbers(),
+                "peak": None if schedule is None else float(group["initial_lr"]),
+                "k": k[i],
+                "k_at_step": latest[i],
+                "skipped": skipped[i],
+            }
+        )
+        if "max_grad_norm" in group:
+            own[-1]["max_grad_norm"] = group["max_grad_norm"]
+    return {"format": FORMAT, "groups": own}
+
+
+def complete(state_dict: dict[str, Any], groups: Groups, own: dict[str, Any]) -> None:
+    """Turn torch's state dict of the groups into what a file and stock AdamW can hold."""
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+        # a file of torch's may have it, and it would not load into stock AdamW on the CPU
+        saved["capturable"] = False
+        # stock AdamW then keeps its step counts on the device
+        if any(p.device.type == "cuda" for p in group["params"]):
+            saved["fused"] = True
+    state_dict[OWN_KEY] = own
+
+
+def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None) -> Loaded:
+    """Check a whole file against an optimizer's groups; nothing is changed.
+
+    `other_own`: what a scheduler's state that was loaded before has under `OWN_KEY`, for files without it.
 
     Raises:
-        ValueError: groups or states that do not fit; says which.
+        ValueError: an entry of the file does not fit or is out of range; the message names it.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the loaded state dict has no {key!r}, only {sorted(map(str, state_dict))}")
-    theirs = state_dict["param_groups"]
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"the loaded state dict has {len(theirs)} parameter groups, this optimizer has {len(ours)}"
-        )
-    for i, (mine, saved) in enumerate(zip(ours, theirs, strict=True)):
-        for key in ("params", "lr"):
-            if key not in saved:
-                raise ValueError(f"group {i} of the loaded state dict has no {key!r}")
-        for key in ("k", "k_at_step"):
-            if not isinstance(saved.get(key, 0), int):
-                raise ValueError(
-                    f"group {i} of the loaded state dict has {key}={saved[key]!r}, expected an integer"
-                )
-        if len(mine["params"]) != len(saved["params"]):
+    saved = _check_containers(state_dict, len(groups))
+    for i, (mine, theirs) in enumerate(zip(groups, saved, strict=True)):
+        if len(mine["params"]) != len(theirs["params"]):
             raise ValueError(
-                f"group {i} of the loaded state dict has {len(saved['params'])} parameters, "
+                f"group {i} of the loaded state dict has {len(theirs['params'])} parameters, "
                 f"this optimizer's has {len(mine['params'])}"
             )
-    ids = chain.from_iterable(group["params"] for group in theirs)
-    params = chain.from_iterable(group["params"] for group in ours)
-    by_id = dict(zip(ids, params, strict=True))
-    for i, (mine, saved) in enumerate(zip(ours, theirs, strict=True)):
-        for p, saved_id in zip(mine["params"], saved["params"], strict=True):
-            reason = _misfit(p, state_dict["state"].get(saved_id))
+        _check_group(i, mine, theirs)
+    own = _own_of(state_dict, saved, other_own)
+    entries, by_id = {}, {}
+    for i, (mine, theirs) in enumerate(zip(groups, saved, strict=True)):
+        for p, saved_id in zip(mine["params"], theirs["params"], strict=True):
+            by_id[saved_id] = p
+            entry = state_dict["state"].get(saved_id)
+            reason = _misfit(p, entry)
             if reason:
                 raise ValueError(f"{parameter_name(mine, i, p)}: {reason}")
-    return by_id
+            if saved_id in state_dict["state"]:
+                entries[p] = dict(entry)
+    others = {key: entry for key, entry in state_dict["state"].items() if key not in by_id}
+    if others and by_id and not entries:
+        ids = [list(theirs["params"]) for theirs in saved]
+        raise ValueError(f"params={ids} of the loaded state dict name none of the entries of its state")
+    latest = max_steps(groups, entries, joint=joint)
+    loaded = Loaded(
+        groups=[_loaded_group(m, t, o, joint=joint) for m, t, o in zip(groups, saved, own, strict=True)],
+        k=[_continued(o, t) for o, t in zip(own, latest, strict=True)],
+        skipped=[o.get("skipped", 0) for o in own],
+        entries=entries,
+        others=others,
+    )
+    loaded.disagreements = _disagreements(groups, loaded.groups, own)
+    return loaded
 
 
-def _misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
-    if not entry:
-        return None
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
-    if missing:
-        return f"its loaded state has no {', '.join(missing)}, only {', '.join(map(str, entry))}"
-    for key in STATE:
-        if key in entry and not isinstance(entry[key], Tensor):
-            return f"its loaded {key} is a {type(entry[key]).__name__}, expected a tensor"
-        if key in entry and (entry[key].device.type == "meta" or not entry[key].is_floating_point()):
-            return f"its loaded {key} is {entry[key].dtype} on {entry[key].device}, expected numbers"
-        if key in entry and entry[key].shape != p.shape:
-            return f"its loaded {key} has shape {tuple(entry[key].shape)}, the parameter has {tuple(p.shape)}"
-    step = entry["step"]
-    if isinstance(step, Tensor) and step.numel() != 1:
-        return f"its loaded step has shape {tuple(step.shape)}, expected one element"
-    if not isinstance(step, (Tensor, Real)):
-        return f"its loaded step is {step!r}, expected a number"
-    return None
+def read_matching(
+    groups: Groups, state_dict: Any, k: list[int], *, joint: bool
+) -> tuple[Loaded, IncompatibleKeys]:
+    """Find state for this optimizer's parameters by name; groups keep their options.
+
+    Raises:
+        ValueError: the file is malformed, or parameters here or there have no names.
+    """
+    saved = _check_containers(state_dict)
+    own = _own_of(state_dict, saved, None)
+    there: dict[str, tuple[int, Any]] = {}
+    for i, theirs in enumerate(saved):
+        names = _names(f"group {i} of the loaded state dict", theirs)
+        there.update({name: (i, saved_id) for name, saved_id in zip(names, theirs["params"], strict=True)})
+    latest = max_steps(saved, state_dict["state"], joint=joint)
+    loaded, missing, used = Loaded(groups, list(k)), [], set()
+    for i, mine in enumerate(groups):
+        reached = []
+        for p, name in zip(mine["params"], _names(f"group {i} of this optimizer", mine), strict=True):
+            group, saved_id = there.get(name, (0, None))
+            entry = state_dict["state"].get(saved_id) if name in there else None
+            if not entry or _misfit(p, entry):
+                missing.append(name)
+                continue
+            used.add(name)
+            loaded.entries[p] = dict(entry)
+            reached.append(_continued(own[group], latest[group]))
+        loaded.k[i] = max(reached, default=k[i])
+    if joint and loaded.entries:
+        loaded.k = [max(loaded.k)] * len(groups)
+    return loaded, IncompatibleKeys(missing, [name for name in there if name not in used])
 
 
-def load_state(
-    ours: State, saved: dict[Any, Any], by_id: dict[Any, Tensor], state_dtype: str | None
-) -> dict[Any, Any]:
+def apply_state(loaded: Loaded, ours: State, state_dtype: str | None) -> dict[Any, Any]:
     """A new `state` mapping; tensors that fit are kept and filled, so that captured addresses stay valid."""
     # torch keeps entries that belong to no parameter
-    state = {key: copy.deepcopy(entry) for key, entry in saved.items() if key not in by_id}
-    entries = {p: dict(saved[saved_id]) for saved_id, p in by_id.items() if saved_id in saved}
-    current = {p: ours.get(p) or {} for p in entries}
+    state = {key: copy.deepcopy(entry) for key, entry in loaded.others.items()}
+    current = {p: ours.get(p) or {} for p in loaded.entries}
     live = {id(value) for entry in current.values() for value in entry.values()}
-    for p, entry in entries.items():
+    for p, entry in loaded.entries.items():
         for key, value in entry.items():
             # a tensor in use for another parameter would be overwritten before it is read
             if id(value) in live and value is not current[p].get(key) and isinstance(value, Tensor):
                 entry[key] = value.clone()
-    for p, entry in entries.items():
-        old = current[p]
+    for p, entry in loaded.entries.items():
         dtype = dtype_of_state(p, state_dtype)
-        state[p] = {key: _load_value(p, key, value, old.get(key), dtype) for key, value in entry.items()}
+        state[p] = {
+            key: _loaded_value(p, key, value, current[p].get(key), dtype) for key, value in entry.items()
+        }
     return state
 
 
-def _load_value(p: Tensor, key: str, value: Any, old: Any, kept: torch.dtype) -> Any:
+def max_steps(groups: Groups, state: Mapping[Any, Any], *, joint: bool) -> list[int]:
+    """Per group the largest `step` of its tensors, of all tensors when `joint`; 0 without state."""
+    largest = []
+    for group in groups:
+        steps = [state[p]["step"] for p in group["params"] if state.get(p) and "step" in state[p]]
+        largest.append(int(max(_numbers(steps), default=0)))
+    return [max(largest, default=0)] * len(groups) if joint else largest
+
+
+def _numbers(steps: Sequence[Any]) -> list[float]:
+    """Step counts as plain numbers; one wait per device, not one per tensor."""
+    on_device = [step.detach().reshape(()).double() for step in steps if isinstance(step, Tensor)]
+    numbers = [float(step) for step in steps if not isinstance(step, Tensor)]
+    for device in {step.device for step in on_device}:
+        numbers += torch.stack([step for step in on_device if step.device == device]).tolist()
+    return numbers
+
+
+def _check_containers(state_dict: Any, groups: int | None = None) -> Groups:
+    """The file's groups, as many as asked for, if it is made of the containers of a state dict."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the loaded state dict is a {type(state_dict).__name__}, expected a dict")
+    for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if key not in state_dict:
+            there = sorted(map(str, set(state_dict) - {OWN_KEY}))
+            raise ValueError(f"the loaded state dict has no {key!r}, only {there}")
+        if not isinstance(state_dict[key], kind):
+            found = type(state_dict[key]).__name__
+            raise ValueError(f"{key!r} of the loaded state dict is a {found}, expected a dict or list")
+    if groups is not None and len(state_dict["param_groups"]) != groups:
+        found = len(state_dict["param_groups"])
+        raise ValueError(f"the loaded state dict has {found} parameter groups, this optimizer has {groups}")
+    seen = set()
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping):
+            raise ValueError(
+                f"group {i} of the loaded state dict is a {type(group).__name__}, expected a dict"
+            )
+        for key in ("params", "lr"):
+            if key not in group:
+                raise ValueError(f"group {i} of the loaded state dict has no {key!r}")
+        params = group["params"]
+        if not isinstance(params, (list, tuple)) or not all(isinstance(x, Hashable) for x in params):
+            raise ValueError(
+                f"group {i} of the loaded state dict has params={params!r}, expected a list of ids"
+            )
+        for saved_id in params:
+            if saved_id in seen:
+                raise ValueError(
+                    f"group {i} of the loaded state dict has params={params!r}: {saved_id!r} is twice"
+                )
+            seen.add(saved_id)
+    return [dict(group) for group in state_dict["param_groups"]]
+
+
+def _check_group(i: int, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Hold a file's group to what the constructor accepts."""
+    where = f"group {i} of the loaded state dict"
+    try:
+        arguments.hyperparameters({**mine, **theirs})
+        for name in ("initial_lr", "max_lr"):
+            if name in theirs:
+                arguments.non_negative(name, theirs[name])
+        if theirs.get("max_grad_norm") is not None:
+            arguments.max_grad_norm(theirs["max_grad_norm"])
+        for name in ("amsgrad", "maximize"):
+            if name in theirs and theirs[name] not in (True, False):
+                raise ValueError(f"{name}={theirs[name]!r} must be True or False")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    names = theirs.get("param_names")
+    if names is not None and not (isinstance(names, (list, tuple)) and len(names) == len(theirs["params"])):
+        raise ValueError(f"{where}: param_names={names!r} must be a name per parameter")
+
+
+def read_own(own: Any, groups: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """What a file says of its groups under `OWN_KEY`, checked; None if it says nothing.
+
+    Raises:
+        ValueError: it is malformed, or of a newer version.
+    """
+    if own is None:
+        return None
+    if not isinstance(own, Mapping) or not isinstance(own.get("groups"), (list, tuple)):
+        raise ValueError(f"{OWN_KEY}={own!r} of the loaded state is malformed")
+    written = own.get("format")
+    if type(written) is not int or written < 1:
+        raise ValueError(f"{OWN_KEY} of the loaded state has format={written!r}, expected an integer")
+    if written > FORMAT:
+        raise ValueError(
+            f"the loaded state was written by a newer fusedlr: its format is {written}, this one reads up to "
+            f"{FORMAT}"
+        )
+    if len(own["groups"]) != len(groups):
+        raise ValueError(
+            f"{OWN_KEY} of the loaded state has {len(own['groups'])} groups, expected {len(groups)}"
+        )
+    return [_checked_own(i, group) for i, group in enumerate(own["groups"])]
+
+
+def _own_of(state_dict: Any, groups: Groups, other_own: Any) -> list[dict[str, Any]]:
+    """What a file says of its groups, or else a scheduler's state, or else the groups of a file of old."""
+    of_groups = _own_of_groups(groups)
+    return read_own(state_dict.get(OWN_KEY), groups) or read_own(other_own, groups) or of_groups
+
+
+def _own_of_groups(groups: Groups) -> list[dict[str, Any]]:
+    """The same of a file of the first format, or of torch's, which calls a peak `initial_lr` or `max_lr`."""
+    found = []
+    for i, group in enumerate(groups):
+        own = {key: group[key] for key in ("schedule", "k", "k_at_step") if key in group}
+        peak = group.get("max_lr", group.get("initial_lr"))
+        found.append(_checked_own(i, own if peak is None else {**own, "peak": peak}))
+    return found
+
+
+def _checked_own(i: int, own: Any) -> dict[str, Any]:
+    where = f"group {i} of the loaded state dict"
+    if not isinstance(own, Mapping):
+        raise ValueError(f"{where} is a {type(own).__name__}, expected a dict")
+    checked = dict(own)
+    for name in ("k", "k_at_step", "skipped"):
+        value = own.get(name, 0)
+        if type(value) is not int or not 0 <= value <= _MAX_K:
+            raise ValueError(f"{where} has {name}={value!r}, expected an integer from 0 to {_MAX_K}")
+    try:
+        if own.get("peak") is not None:
+            checked["peak"] = arguments.non_negative("peak", own["peak"])
+        if own.get("max_grad_norm") is not None:
+            arguments.max_grad_norm(own["max_grad_norm"])
+        schedule = own.get("schedule")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            if not isinstance(schedule, (list, tuple)):
+                raise ValueError(f"schedule={schedule!r} must be a list of numbers")
+            checked["schedule"] = Schedule.from_numbers(schedule)
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"{where} has a schedule or peak that cannot be used: {error}") from None
+    return checked
+
+
+def _continued(own: dict[str, Any], t: int) -> int:
+    """The step a group's schedule continues at: what was saved, plus the updates made elsewhere since."""
+    if "k" not in own or "k_at_step" not in own:
+        return t
+    # below 0 only if the states that were counted are not in the file
+    return max(own["k"] + t - own["k_at_step"], 0)
+
+
+def _loaded_group(mine: Any, theirs: dict[str, Any], own: dict[str, Any], *, joint: bool) -> dict[str, Any]:
+    """A group with the file's hyperparameters, this optimizer's parameters and this optimizer's schedule."""
+    dropped = ("params", "schedule", "k", "k_at_step", *(("initial_lr",) if has_schedule(mine) else ()))
+    group: dict[str, Any] = {key: copy.deepcopy(value) for key, value in theirs.items() if key not in dropped}
+    group["betas"] = tuple(group["betas"] if "betas" in group else mine["betas"])
+    group["params"] = mine["params"]
+    if "param_names" in mine:
+        group.setdefault("param_names", mine["param_names"])
+    for key in OWN_KEYS:
+        if key in mine and (key != "initial_lr" or has_schedule(mine)):
+            group.setdefault(key, mine[key])
+    if "max_grad_norm" in own:
+        group["max_grad_norm"] = own["max_grad_norm"]
+    if joint:
+        # joint groups share the optimizer's own
+        group.pop("max_grad_norm", None)
+    if has_schedule(mine) and own.get("peak") is not None:
+        group["initial_lr"] = own["peak"]
+    return group
+
+
+def _misfit(p: Tensor, entry: Any) -> str | None:
+    """Why this entry of a file is no state of this parameter."""
+    if entry is None or entry == {}:
+        return None
+    if not isinstance(entry, Mapping):
+        return f"its loaded state is a {type(entry).__name__}, expected a dict"
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
+    if missing:
+        return f"its loaded state has no {', '.join(missing)}, only {', '.join(map(str, entry))}"
+    for key in STATE:
+        value = entry.get(key)
+        if key not in entry:
+            continue
+        if not isinstance(value, Tensor):
+            return f"its loaded {key} is a {type(value).__name__}, expected a tensor"
+        if value.device.type == "meta" or value.dtype not in _STATE_DTYPES:
+            return f"its loaded {key} is {value.dtype} on {value.device}, expected numbers"
+        if value.layout != torch.strided:
+            return f"its loaded {key} is of layout {value.layout}, expected a dense tensor"
+        if value.shape != p.shape:
+            return f"its loaded {key} has shape {tuple(value.shape)}, the parameter has {tuple(p.shape)}"
+    return _step_misfit(entry["step"])
+
+
+def _step_misfit(step: Any) -> str | None:
+    if isinstance(step, Tensor):
+        if step.numel() != 1:
+            return f"its loaded step has shape {tuple(step.shape)}, expected one element"
+        if step.device.type == "meta" or step.is_complex() or step.layout != torch.strided:
+            return f"its loaded step is {step.dtype} on {step.device}, expected a number"
+        # read together with all others where they lie on a GPU, see `max_steps`
+        value = step.item()
+    elif isinstance(step, Real):
+        value = float(step)
+    else:
+        return f"its loaded step is {step!r}, expected a number"
+    if not (math.isfinite(value) and 0 <= value <= _MAX_STEP and value == int(value)):
+        return f"its loaded step is {step!r}, expected a whole number from 0 to {_MAX_STEP}"
+    return None
+
+
+def _loaded_value(p: Tensor, key: str, value: Any, old: Any, dtype_of_moments: torch.dtype) -> Any:
     if key == "step":
-        # not on a default device the caller may have set
-        value = value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
-        new = value.reshape(())
-        dtype = torch.float32
+        # neither in a default dtype nor on a default device that the caller may have set
+        given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+        new, dtype = given.reshape(()), torch.float32
     elif key in STATE:
-        new = value
-        dtype = torch.promote_types(value.dtype, kept)
+        new, dtype = value, torch.promote_types(value.dtype, dtype_of_moments)
     else:
         return copy.deepcopy(value)
     fits = (
@@ -128,103 +418,33 @@ def _load_value(p: Tensor, key: str, value: Any, old: Any, kept: torch.dtype) ->
     return target
 
 
-def load_groups(ours: Groups, saved: Groups, *, joint: bool) -> Groups:
-    """Groups with the file's hyperparameters, this optimizer's parameters and this optimizer's schedules."""
-    groups = []
-    for mine, theirs in zip(ours, saved, strict=True):
-        group: dict[str, Any] = {
-            key: copy.deepcopy(value)
-            for key, value in theirs.items()
-            if key not in ("params", *SCHEDULE_KEYS)
-        }
-        group["betas"] = tuple(group["betas"] if "betas" in group else mine["betas"])
-        group["params"] = mine["params"]
-        if "param_names" in mine:
-            group.setdefault("param_names", mine["param_names"])
-        if "schedule" in mine:
-            group["schedule"] = mine["schedule"]
-        if "max_grad_norm" in mine:
-            group.setdefault("max_grad_norm", mine["max_grad_norm"])
-        if joint:
-            # joint groups share the optimizer's own
-            group.pop("max_grad_norm", None)
-        if isinstance(mine.get("schedule"), Schedule):
-            group["initial_lr"] = _peak(mine, theirs)
-        groups.append(group)
-    return groups
+def _names(where: str, group: dict[str, Any]) -> list[str]:
+    names = group.get("param_names")
+    if names is None or len(names) != len(group["params"]):
+        raise ValueError(
+            f"strict=False finds parameters by name, and {where} has no param_names: build both optimizers "
+            "from model.named_parameters()"
+        )
+    return list(names)
 
 
-def _peak(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The peak in the file, which torch's OneCycleLR calls `max_lr`; ours where the file names none."""
-    return float(theirs.get("max_lr", theirs.get("initial_lr", mine["initial_lr"])))
-
-
-def load_k(state_dict: dict[str, Any], *, joint: bool) -> list[int]:
-    """The step every group's schedule continues at: what was saved, plus the updates made elsewhere since."""
-    groups = state_dict["param_groups"]
-    latest = max_steps(groups, state_dict["state"], joint=joint)
-    return [
-        # below 0 only if the states that were counted are not in the file
-        max(group["k"] + t - group["k_at_step"], 0) if "k" in group and "k_at_step" in group else t
-        for group, t in zip(groups, latest, strict=True)
-    ]
-
-
-def note_counts(groups: Groups, state: State, k: list[int], *, joint: bool) -> None:
-    """Let every group with a schedule hold its `k`, and the `t` that it belongs to."""
-    for group, updates, t in zip(groups, k, max_steps(groups, state, joint=joint), strict=True):
-        if group.get("schedule") is not None:
-            set_quietly(group, "k", updates)
-            set_quietly(group, "k_at_step", t)
-
-
-def in_plain_numbers(packed: Groups, groups: Groups) -> None:
-    """Turn the groups of a state dict into what a file and stock AdamW can hold."""
-    for saved, group in zip(packed, groups, strict=True):
-        if isinstance(saved.get("schedule"), Schedule):
-            saved["schedule"] = saved["schedule"].to_numbers()
-        # a file of torch's may have it, and it would not load into stock AdamW on the CPU
-        saved["capturable"] = False
-        # stock AdamW then keeps its step counts on the device
-        if any(p.device.type == "cuda" for p in group["params"]):
-            saved["fused"] = True
-
-
-def max_steps(groups: Groups, state: dict[Any, Any], *, joint: bool) -> list[int]:
-    """Per group the largest `step` of its tensors, of all tensors when `joint`; 0 without state."""
-    largest = []
-    for group in groups:
-        steps = [state[p]["step"] for p in group["params"] if state.get(p) and "step" in state[p]]
-        on_device = [step.reshape(()).float() for step in steps if isinstance(step, Tensor)]
-        numbers = [float(step) for step in steps if not isinstance(step, Tensor)]
-        # one stack per device, so that a group costs one wait and not one per tensor
-        for device in {step.device for step in on_device}:
-            numbers.append(torch.stack([step for step in on_device if step.device == device]).max().item())
-        largest.append(int(max(numbers, default=0)))
-    return [max(largest, default=0)] * len(groups) if joint else largest
-
-
-def report_disagreement(ours: Groups, saved: Groups) -> None:
-    """Warn, in words, where the file's schedule or peak is not this optimizer's."""
+def _disagreements(groups: Groups, loaded: Groups, own: list[dict[str, Any]]) -> list[str]:
+    """In words, where the file's schedule or peak is not this optimizer's."""
     lines = []
-    for i, (mine, theirs) in enumerate(zip(ours, saved, strict=True)):
-        schedule = mine.get("schedule")
-        written = theirs.get("schedule")
-        if written is not None and not isinstance(written, Schedule):
-            written = Schedule.from_numbers(written)
+    for i, (mine, new, theirs) in enumerate(zip(groups, loaded, own, strict=True)):
+        schedule, written = mine.get("schedule"), theirs.get("schedule")
         if schedule is None:
             if written is not None:
                 lines.append(f"group {i}: the checkpoint was made with a schedule, this optimizer has none")
             continue
         if written is not None and written != schedule:
             lines.append(f"group {i}: {_difference(written, schedule)}; this optimizer's schedule is used")
-        peak = _peak(mine, theirs)
-        if peak != mine["initial_lr"]:
+        if new["initial_lr"] != mine["initial_lr"]:
             lines.append(
-                f"group {i}: the peak is {peak:g} in the checkpoint and {mine['initial_lr']:g} here; "
-                "the checkpoint's is used"
+                f"group {i}: the peak is {new['initial_lr']:g} in the checkpoint and {mine['initial_lr']:g} "
+                "here; the checkpoint's is used"
             )
-    _warn_of(lines)
+    return lines
 
 
 def report_lambda_lr(groups: Groups, state_dict: dict[str, Any], epoch: int) -> None:
@@ -247,10 +467,11 @@ def report_lambda_lr(groups: Groups, state_dict: dict[str, Any], epoch: int) -> 
                 f"group {i}: at k = {epoch} the checkpoint's scheduler gives {theirs:.4g} of the peak, this "
                 f"optimizer's schedule {here:.4g}; this optimizer's is used"
             )
-    _warn_of(lines)
+    report(lines)
 
 
-def _warn_of(lines: list[str]) -> None:
+def report(lines: list[str]) -> None:
+    """Warn of disagreements, if there are any."""
     if lines:
         warn("the loaded schedule is not the one asked for: " + "; ".join(lines))
 

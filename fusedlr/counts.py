@@ -6,6 +6,7 @@ for `sync` and `read`, which checkpoints use.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedlr.groups import Notes, ParamGroup, has_schedule, set_quietly
+from fusedlr.groups import Notes, ParamGroup, check_rates, has_schedule
 from fusedlr.reference import Counters, Made, scalar_dtype
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.warn import warn
@@ -38,23 +39,29 @@ class Counts:
     since.
 
     Attributes:
-        counters: the counters on the device; replaced when groups or the device change. k: per group the
-        updates made, as far as the host knows. shown: per group the step whose rate `group["lr"]` shows.
-        k_loaded: what a loaded scheduler state says of `k`, until a step or the optimizer's own state
-        follows.
+        counters: the counters on the device; replaced when groups or the device change.
+        k: per group the updates made, as far as the host knows.
+        shown: per group the step whose rate `group["lr"]` shows.
+        joint: whether all groups are one scope.
+        k_loaded: what a loaded scheduler state says of `k`, until a step is made or a file is loaded.
+        own_loaded: what it says of peaks and skips, for an optimizer's file that has lost that.
     """
 
     def __init__(
         self,
-        groups: list[dict[str, Any]],
+        groups: list[ParamGroup],
         notes: Notes,
         defaults: dict[str, Any],
         device: torch.device,
         k: list[int],
         skipped: list[int] | None = None,
+        *,
+        joint: bool,
     ) -> None:
-        self._notes, self._defaults = notes, defaults
+        self._notes, self._defaults, self.joint = notes, defaults, joint
         self._groups = list(groups)
+        for i, group in enumerate(groups):
+            group.counter = weakref.ref(self), i
         self.k: list[int] = []
         self.shown: list[int] = []
         self._advances: list[int] = []
@@ -62,51 +69,62 @@ class Counts:
         self._warned_skips = False
         self._stale = 0
         self.k_loaded: list[int] | None = None
+        self.own_loaded: Any = None
         self.counters = Counters.zeros(len(k), device)
         if skipped:
-            self.counters.skipped.copy_(torch.tensor(skipped, device="cpu"))
+            self.place_skipped(skipped)
         self.place(k)
         self.show(groups, self.k)
 
     # the groups that are counted
 
-    def adopt(self, groups: list[dict[str, Any]]) -> None:
-        """Wrap groups that were put into `param_groups` from outside, and count for the groups that are
-        there.
+    def adopt(self, groups: list[Any]) -> None:
+        """Wrap groups that were put into `param_groups` from outside, and count for those that are there.
+
+        Raises:
+            TypeError, ValueError: a schedule or rate that was assigned to a group cannot be used.
         """
         if not self._notes.changed and _same(groups, self._groups):
             return
-        for i, group in enumerate(groups):
-            if not (isinstance(group, ParamGroup) and group.belongs_to(self._notes)):
-                groups[i] = self._wrapped(i, group)
-        if not _same(groups, self._groups):
-            self._follow(groups)
         for group in groups:
             # a schedule assigned to a running group is resolved as one given at the start
-            if has_schedule(group):
+            if has_schedule(group) and not isinstance(group["schedule"], (list, tuple)):
                 check_schedule(group["schedule"])
-                set_quietly(group, "schedule", group["schedule"].resolve(self._defaults["lr"]))
+                group["schedule"].resolve(self._defaults["lr"])
                 if "initial_lr" not in group:
-                    set_quietly(group, "initial_lr", float(group["lr"]))
+                    check_rates(group["lr"])
+        if not _same(groups, self._groups) or not all(map(self._is_ours, groups)):
+            self._follow(groups)
+        for group in groups:
+            if has_schedule(group):
+                group.set_quietly("schedule", group["schedule"].resolve(self._defaults["lr"]))
+                if "initial_lr" not in group:
+                    group.set_quietly("initial_lr", float(group["lr"]))
 
-    def _wrapped(self, i: int, group: dict[str, Any]) -> ParamGroup:
-        wrapped = ParamGroup(group, self._notes)
+    def _is_ours(self, group: dict[str, Any]) -> bool:
+        return isinstance(group, ParamGroup) and group.belongs_to(self._notes)
+
+    def _wrapped(self, group: dict[str, Any], origin: int | None) -> ParamGroup:
+        """A group from outside; it takes over what the group had that held its parameters."""
+        before = self._groups[origin] if origin is not None else None
+        own = dict(before.own) if isinstance(before, ParamGroup) else {}
+        wrapped = ParamGroup({**own, **group}, self._notes)
         schedule = wrapped.get("schedule")
         if isinstance(schedule, (list, tuple)):
             schedule = Schedule.from_numbers(schedule)
-            set_quietly(wrapped, "schedule", schedule)
-        if schedule is not None and "initial_lr" in wrapped and i < len(self.shown):
+            wrapped.set_quietly("schedule", schedule)
+        if schedule is not None and "initial_lr" in wrapped and origin is not None:
             # a plain dict does not tell who assigned its lr; a rate that is not ours did come from outside
-            ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self.shown[i], self.k[i])}
+            ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self.shown[origin], self.k[origin])}
             if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
                 self._notes.lr_assigned.add(id(wrapped))
+            else:
+                wrapped.shown_lr = wrapped["lr"]
         self._notes.changed = True
         return wrapped
 
-    def _follow(self, groups: list[dict[str, Any]]) -> None:
-        """Count for these groups: each goes on at its own counts, wherever it stood, and a new one starts at
-        0.
-        """
+    def _follow(self, groups: list[Any]) -> None:
+        """Count for these groups: each goes on at its own counts, wherever it stood; new ones start at 0."""
         self.sync()
         old, before = self.counters, self._groups
         owner = {id(p): i for i, group in enumerate(before) for p in group["params"]}
@@ -118,6 +136,9 @@ class Counts:
         for i, group in enumerate(before):
             if i not in origins and isinstance(group, ParamGroup):
                 group.counts = old.counts[:, i].clone()
+        for i, group in enumerate(groups):
+            if not self._is_ours(group):
+                groups[i] = self._wrapped(group, origins[i])
         self._replace(Counters.zeros(len(groups), old.counts.device))
         if old.used.dtype == torch.float32:
             self.counters.use_fp32()
@@ -129,11 +150,11 @@ class Counts:
                 self.counters.counts[:3, i] = old.counts[:3, origin]
                 self.counters.used[:, i] = old.used[:, origin]
                 shown[i] = self.shown[origin]
-            elif isinstance(group, ParamGroup) and group.counts is not None:
+            elif group.counts is not None:
                 self.counters.counts[:3, i] = group.counts[:3].to(self.counters.counts.device)
                 shown[i] = int(group.counts[0])
-            if isinstance(group, ParamGroup):
-                group.counts = None
+            group.counts = None
+            group.counter = weakref.ref(self), i
         if old.stale.numel() and groups:
             self.counters.stale[0] = old.stale.max()
         self._groups = list(groups)
@@ -164,7 +185,7 @@ class Counts:
 
     def made(self, made: Made | None, active: Sequence[bool]) -> None:
         """Take what a step tells, or count one step of the active groups until a copy says more."""
-        self.k_loaded = None
+        self.k_loaded = self.own_loaded = None
         self.shown = self.k
         if made is not None:
             self.k = made.k
@@ -175,6 +196,17 @@ class Counts:
         if self.counters.k.device.type != "cuda":
             # on the CPU the counters are at hand: nothing to wait for
             self.refresh()
+
+    def recover(self, before: list[int]) -> Made | None:
+        """What a step has made of the counters that was interrupted before it could tell; None on a GPU.
+
+        `before`: `k` as it was. On a GPU the next copy corrects what the host knows.
+        """
+        c = self.counters
+        if c.k.device.type != "cpu" or c.k.tolist() == before:
+            return None
+        self.k = before
+        return Made(c.k.tolist(), c.skips_in_row.tolist(), c.lr.tolist())
 
     def refresh(self) -> None:
         """Take the last copy that has arrived and start the next one; never waits."""
@@ -206,7 +238,7 @@ class Counts:
         self._in_flight = None
         self._take(values, self._advances)
 
-    def read(self, groups: list[dict[str, Any]]) -> list[int]:
+    def read(self, groups: list[Any]) -> list[int]:
         """Updates made per group, from the device (waits for it); corrects rates shown too far ahead."""
         self.sync()
         if any(shown > now for shown, now in zip(self.shown, self.k, strict=False)):
@@ -218,23 +250,42 @@ class Counts:
         self.counters.k.copy_(torch.tensor(k, dtype=torch.int64, device="cpu"))
         self.sync()
 
-    def go_to(self, groups: list[dict[str, Any]], k: list[int]) -> None:
+    def go_to(self, groups: list[Any], k: list[int]) -> None:
         """Continue every group's schedule at `k`; a checkpoint loaded before the next step keeps it so."""
         self.k_loaded = list(k)
         self.place(k)
         self.show(groups, k)
 
+    def take_own(self, groups: list[Any], own: list[dict[str, Any]], saved: Any) -> None:
+        """Take the peaks and skip counts of a scheduler's state: the optimizer's file may have lost them."""
+        self.own_loaded = saved
+        for group, theirs in zip(groups, own, strict=True):
+            if has_schedule(group) and theirs.get("peak") is not None:
+                group.set_quietly("initial_lr", theirs["peak"])
+        self.place_skipped([theirs.get("skipped", 0) for theirs in own])
+        self._notes.changed = True
+
+    def place_skipped(self, skipped: Sequence[int]) -> None:
+        """Put the numbers of skipped steps onto the device."""
+        self.counters.skipped.copy_(torch.tensor(skipped, dtype=torch.int64, device="cpu"))
+        self.counters.skips_in_row.zero_()
+
+    def go_to_one(self, group: dict[str, Any], index: int, k: int) -> None:
+        """Continue the schedule of one group at `k`."""
+        self.read([])
+        self.place([*self.k[:index], k, *self.k[index + 1 :]])
+        self.shown[index] = k
+        _show(group, k)
+
     # what the host shows
 
-    def show(self, groups: list[dict[str, Any]], k: Sequence[int]) -> None:
+    def show(self, groups: list[Any], k: Sequence[int]) -> None:
         """Put the rate of step `k` of every scheduled group into `group["lr"]`."""
         self.shown = list(k)
         for step, group in zip(k, groups, strict=False):
-            if has_schedule(group):
-                set_quietly(group, "lr", group["schedule"].lr_at(step, group["initial_lr"]))
-                self._notes.lr_assigned.discard(id(group))
+            _show(group, step)
 
-    def show_next(self, groups: list[dict[str, Any]]) -> None:
+    def show_next(self, groups: list[Any]) -> None:
         """Show the rate of every group's coming update, as far as the host knows which that is."""
         self.adopt(groups)
         self.refresh()
@@ -275,6 +326,11 @@ class Counts:
             f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
             f"(last gradient norm {max(norms):g})"
         )
+
+
+def _show(group: Any, k: int) -> None:
+    if has_schedule(group):
+        group.show(group["schedule"].lr_at(k, group["initial_lr"]))
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -22,30 +23,57 @@ class Notes:
 
     Attributes:
         lr_assigned: ids of the groups whose lr was assigned since the last step.
-        changed: whether anything but an lr was written since the options of a step were last taken.
+        lr_written_back: ids of the groups whose lr was assigned the very number that it shows.
+        others_assigned: whether anything but an lr was assigned since the last step.
+        changed: whether the options of a step have to be taken anew.
     """
 
     lr_assigned: set[int] = field(default_factory=set)
+    lr_written_back: set[int] = field(default_factory=set)
+    others_assigned: bool = False
     changed: bool = True
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self.lr_assigned.clear()
+        self.lr_written_back.clear()
+        self.others_assigned = False
+
+
+# What a group has beside AdamW's keys. Tools save, copy and compare the items of a group, so these are not
+# among them. `initial_lr` is the peak of a group with a schedule.
+OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm")
 
 
 class ParamGroup(dict[str, Any]):
-    """A param group that notes assignments from outside in its optimizer's `notes`.
+    """A param group whose items are AdamW's, and which has a schedule, a peak and a limit of its own beside
+    them.
 
-    The assignment is what counts, not a changed value: a scheduler may write the same number again. Copies
-    and pickles of it are plain dicts, which the optimizer wraps when it finds them.
+    These are read and assigned like items, but are none: `keys`, `items`, copies and files do not show them.
+    An assignment from outside is noted in the optimizer's `notes`; a copy or a pickle of a group is a plain
+    dict.
 
     Attributes:
+        own: what the group has under `OWN_KEYS`.
+        shown_lr: the rate that the optimizer shows in `lr`, to write which back assigns nothing; None once
+            another rate than its own has been used.
         counts: the counters of a group that was taken out of `param_groups`, which it goes on with when it is
             put back; None while it is there.
+        counter: while it is there, whose `k` of which index it shows as `group["k"]`.
     """
 
-    __slots__ = ("_notes", "counts")
+    __slots__ = ("_notes", "counter", "counts", "own", "shown_lr")
 
-    def __init__(self, group: dict[str, Any], notes: Notes) -> None:
-        super().__init__(group)
+    def __init__(self, group: dict[str, Any], notes: Notes, own: dict[str, Any] | None = None) -> None:
+        super().__init__({key: value for key, value in group.items() if key not in OWN_KEYS})
         self._notes = notes
+        self.own = {key: group[key] for key in OWN_KEYS if key in group} if own is None else own
+        if own is None and self.own.get("schedule") is None and "initial_lr" in self.own:
+            # a torch scheduler's, which belongs among the items
+            dict.__setitem__(self, "initial_lr", self.own.pop("initial_lr"))
+        self.shown_lr: float | None = None
         self.counts: Tensor | None = None
+        self.counter: tuple[weakref.ref[Any], int] | None = None
         # an id may have been that of a group that is gone
         notes.lr_assigned.discard(id(self))
 
@@ -53,12 +81,40 @@ class ParamGroup(dict[str, Any]):
         """Whether assignments to this group are noted there."""
         return self._notes is notes
 
+    def __getitem__(self, key: str) -> Any:
+        if key in self.own:
+            return self.own[key]
+        if key == "k" and (counts := self._counts()) is not None:
+            return counts[0].k[counts[1]]
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.own or (key == "k" and self._counts() is not None) or super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of dict."""
+        return self[key] if key in self else default  # noqa: SIM401
+
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
         if key == "lr":
-            self._notes.lr_assigned.add(id(self))
+            super().__setitem__(key, value)
+            if type(value) is float and value == self.shown_lr and has_schedule(self):
+                self._notes.lr_assigned.discard(id(self))
+                self._notes.lr_written_back.add(id(self))
+            else:
+                self._notes.lr_assigned.add(id(self))
+            return
+        self._notes.others_assigned = True
+        if key == "k":
+            self._go_to(value)
+            return
+        if key in self and type(value) in _PLAIN and type(self[key]) is type(value) and self[key] == value:
+            return
+        self._notes.changed = True
+        if key in ("schedule", "max_grad_norm") or key in self.own:
+            self.own[key] = value
         else:
-            self._notes.changed = True
+            super().__setitem__(key, value)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """As of dict; setting a missing `lr` is an assignment."""
@@ -76,13 +132,16 @@ class ParamGroup(dict[str, Any]):
         return self
 
     def __delitem__(self, key: str) -> None:
-        super().__delitem__(key)
         self._notes.changed = True
+        if key in self.own:
+            del self.own[key]
+        else:
+            super().__delitem__(key)
 
-    def pop(self, *args: Any) -> Any:
+    def pop(self, key: str, *default: Any) -> Any:
         """As of dict."""
         self._notes.changed = True
-        return super().pop(*args)
+        return self.own.pop(key) if key in self.own else super().pop(key, *default)
 
     def popitem(self) -> tuple[str, Any]:
         """As of dict."""
@@ -90,17 +149,40 @@ class ParamGroup(dict[str, Any]):
         return super().popitem()
 
     def clear(self) -> None:
-        """As of dict."""
+        """As of dict; what is not among the items goes too."""
         self._notes.changed = True
+        self.own.clear()
         super().clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (dict(self),)
 
+    def show(self, lr: float) -> None:
+        """Put the optimizer's own rate into `lr`."""
+        dict.__setitem__(self, "lr", lr)
+        self.shown_lr = lr
+        self._notes.lr_assigned.discard(id(self))
 
-def set_quietly(group: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value as the optimizer itself does: not an assignment from outside."""
-    dict.__setitem__(group, key, value)
+    def set_quietly(self, key: str, value: Any) -> None:
+        """Set a value as the optimizer itself does: not an assignment from outside."""
+        if key in OWN_KEYS:
+            self.own[key] = value
+        else:
+            dict.__setitem__(self, key, value)
+
+    def _counts(self) -> tuple[Any, int] | None:
+        counts = self.counter[0]() if self.counter is not None else None
+        return None if counts is None or self.counter is None else (counts, self.counter[1])
+
+    def _go_to(self, k: Any) -> None:
+        whole, counts = arguments.count("k", k), self._counts()
+        if counts is None:
+            raise KeyError("k")
+        counts[0].go_to_one(self, counts[1], whole)
+
+
+# types whose values can be compared, to tell an assignment that changes nothing
+_PLAIN = (float, int, bool, NoneType)
 
 
 @dataclass(frozen=True)
@@ -108,10 +190,11 @@ class Options:
     """What the step takes from all groups, until one of them notes a change.
 
     Attributes:
-        groups: every group in order. scopes: every scope. overruled: indices of groups whose own schedule
-        gives way to an assigned lr in the next step. scheduled: whether a group has a schedule, or a rate
-        that is a tensor: an assignment of lr then matters. kept: whether the options hold until a change is
-        noted: a tensor or a list can be changed in place.
+        groups: every group in order.
+        scopes: every scope.
+        overruled: indices of groups whose own schedule gives way to an assigned lr in the next step.
+        scheduled: whether a group has a schedule, or a rate that is a tensor: an assigned lr then matters.
+        kept: whether the options hold until a change is noted; a tensor or a list can be changed in place.
     """
 
     groups: list[GroupStep]
@@ -132,13 +215,16 @@ class Options:
         """The options as they stand in the groups now.
 
         Raises:
-            ValueError, TypeError: an option is not a number; nothing has been changed then.
+            ValueError, TypeError: an option is not what the constructor accepts; nothing has been changed
+            then.
         """
+        for i, group in enumerate(groups):
+            _check(i, group)
         overruled = [
             i for i, group in enumerate(groups) if has_schedule(group) and id(group) in notes.lr_assigned
         ]
         steps = [
-            _group_step(i, group, 0 if joint else i, driven=has_schedule(group) and i not in overruled)
+            _group_step(group, 0 if joint else i, driven=has_schedule(group) and i not in overruled)
             for i, group in enumerate(groups)
         ]
         limits = [max_grad_norm] if joint else [group.get("max_grad_norm", max_grad_norm) for group in groups]
@@ -169,12 +255,17 @@ def _is_plain(group: dict[str, Any]) -> bool:
     return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType) for x in values)
 
 
-def _group_step(index: int, group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep:
+def _check(index: int, group: dict[str, Any]) -> None:
+    """Hold values that were assigned to a group to what the constructor accepts."""
+    try:
+        arguments.hyperparameters(group)
+        arguments.max_grad_norm(group.get("max_grad_norm"))
+    except ValueError as error:
+        raise ValueError(f"group {index}: {error}") from None
+
+
+def _group_step(group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep:
     lr = group["lr"]
-    if not driven and isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr of group {index} has shape {tuple(lr.shape)}, expected one element")
-    if not isinstance(lr, Tensor):
-        float(lr)
     return GroupStep(
         schedule=group["schedule"] if driven else None,
         lr=lr if isinstance(lr, Tensor) and not driven else None,
@@ -216,7 +307,6 @@ def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: A
     group["schedule"] = schedule.resolve(default_lr)
     group["initial_lr"] = float(peak)
     group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
-    group["k"] = group["k_at_step"] = 0
 
 
 def check_rates(*rates: Any) -> None:

@@ -24,7 +24,6 @@ from fusedlr.groups import (
     check_rates,
     give_schedule,
     has_schedule,
-    set_quietly,
     skips_nonfinite,
     warn_absolute,
     warn_assigned,
@@ -32,7 +31,7 @@ from fusedlr.groups import (
 from fusedlr.reference import Signals
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
-from fusedlr.step import Plan, allocate, device_of, devices_of, is_allocated, prepare
+from fusedlr.step import Plan, allocate, device_of, devices_of, is_allocated, prepare, warn_parts
 
 _NO_SIGNALS = Signals()
 _ALLOCATE_BEFORE_CAPTURE = (
@@ -88,6 +87,8 @@ class FusedAdamW(Optimizer):
     >>> optimizer.scheduler.get_last_lr()
     [0.1]
     """
+
+    param_groups: list[Any]  # of `ParamGroup`, but for dicts from outside that the next step wraps
 
     def __init__(
         self,
@@ -156,9 +157,11 @@ class FusedAdamW(Optimizer):
         self._options: Options | None = None
         self._updates = UpdateCounts()
         self._view: weakref.ref[ScheduleView] | None = None
-        self._warned_assigned = self._warned_fallback = False
+        self._warned_assigned = self._warned_fallback = self._warned_parts = False
         device = device_of(self.param_groups, torch.device("cpu"))
-        self._counts = Counts(self.param_groups, self._notes, self.defaults, device, k, skipped)
+        self._counts = Counts(
+            self.param_groups, self._notes, self.defaults, device, k, skipped, joint=self._joint
+        )
 
     @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -231,11 +234,22 @@ class FusedAdamW(Optimizer):
                     return
                 if self._is_capturing():
                     self._check_capture()
-                made = plan.stepper.step(signals)
+                self._run(plan, signals)
             finally:
                 if plan is not None:
                     plan.watch.release()
+
+    def _run(self, plan: Plan, signals: Signals) -> None:
+        before = self._counts.k
+        try:
+            made = plan.stepper.step(signals)
             self._after_step(plan, made)
+        except BaseException:
+            # an interrupt may come when the step is made and the host does not know of it
+            made = self._counts.recover(before)
+            if made is not None:
+                self._after_step(plan, made)
+            raise
 
     def _signals(self) -> Signals:
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -252,15 +266,17 @@ class FusedAdamW(Optimizer):
 
     def _prepare(self) -> Plan | None:
         """Check everything and make the plan; None if the step was only to allocate the state."""
-        self._plan = None
+        before, self._plan = self._plan, None
+        if before is not None and not self._warned_parts:
+            self._warned_parts = warn_parts(before, self.param_groups)
         self._counts.adopt(self.param_groups)
         backend = self._choose_backend()
         # what is not a number raises here, before any group has been updated
         options = self._new_options()
         arguments = self.param_groups, self.state, options, self._updates, self._settings["state_dtype"]
-        if self._only_allocates(options):
+        if self._only_allocates():
             allocate(*arguments)
-            self._notes.lr_assigned.clear()
+            self._notes.clear()
             self._notes.changed = True
             return None
         if self._is_capturing() and not is_allocated(
@@ -294,12 +310,29 @@ class FusedAdamW(Optimizer):
         self._notes.changed = bool(options.overruled)
         return options
 
-    def _only_allocates(self, options: Options) -> bool:
-        """Whether this is the step at lr 0 that checkpoint tools make to have the state allocated."""
+    def _only_allocates(self) -> bool:
+        """Whether this is the step at lr 0 that checkpoint tools make to have the state allocated.
+
+        They assign that rate, which a warm-up from 0 shows already, and nothing else, and their gradients are
+        zero. These are looked at, which waits for a GPU, only if all the rest is so.
+        """
+        notes, groups = self._notes, self.param_groups
+        assigned = notes.lr_assigned if notes.others_assigned else notes.lr_assigned | notes.lr_written_back
+        assigned_0 = len(groups) > 0 and all(
+            id(group) in assigned
+            and has_schedule(group)
+            and not isinstance(group["lr"], Tensor)
+            and group["lr"] == 0
+            for group in groups
+        )
         return (
-            not self.state
-            and len(options.overruled) == len(self.param_groups) > 0
-            and all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
+            assigned_0
+            and not self.state
+            and not any(
+                p.grad is not None and (p.grad.layout != torch.strided or bool(p.grad.any()))
+                for group in groups
+                for p in group["params"]
+            )
         )
 
     def _after_step(self, plan: Plan, made: Any) -> None:
@@ -309,11 +342,12 @@ class FusedAdamW(Optimizer):
         for i, step in enumerate(options.groups):
             if step.schedule is not None:
                 rate = made.lr[i] if made is not None else step.schedule.lr_at(counts.k[i], step.peak)
-                set_quietly(plan.groups[i], "lr", rate)
+                self.param_groups[i].show(rate)
         for i in options.overruled:
+            self.param_groups[i].shown_lr = None
             if not self._warned_assigned:
                 self._warned_assigned = warn_assigned(i, plan.groups[i], counts.k[i])
-        self._notes.lr_assigned.clear()
+        self._notes.clear()
         counts.made(made, () if made is not None else plan.stepper.active())
 
     def _is_capturing(self) -> bool:
@@ -351,16 +385,20 @@ class FusedAdamW(Optimizer):
             torch._foreach_zero_(grads)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its schedule starts at step 0. The dict passed is copied.
+        """Add a group; its schedule starts at step 0, or with `"join": True` where the run is now.
+
+        The dict passed is copied.
 
         Raises:
             ValueError: an option is out of range or parameters are duplicate. Nothing has been added then.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        group = dict(param_group)
+        group = {**param_group, **getattr(param_group, "own", {})}
         # counts of another optimizer's run, if the dict came from one
         group.pop("k", None), group.pop("k_at_step", None)
+        join = group.pop("join", False)
+        arguments.choice("join", join, (True, False))
         if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
             arguments.duplicates(group["params"])
@@ -381,6 +419,8 @@ class FusedAdamW(Optimizer):
         if "_counts" in self.__dict__:
             self._notes.changed = True
             self._counts.adopt(self.param_groups)
+            if join:
+                self.param_groups[-1]["k"] = max(self._counts.read(self.param_groups))
 
     def start_schedule(self, schedule: Schedule) -> None:
         """Begin `schedule` at its first update, in every group; moments and their step counts stay.
@@ -399,8 +439,8 @@ class FusedAdamW(Optimizer):
         check_rates(*peaks, self.defaults["lr"])
         resolved = schedule.resolve(self.defaults["lr"])
         for group, peak in zip(self.param_groups, peaks, strict=True):
-            set_quietly(group, "schedule", resolved)
-            set_quietly(group, "initial_lr", float(peak))
+            group.set_quietly("schedule", resolved)
+            group.set_quietly("initial_lr", float(peak))
         self._settings["schedule"] = schedule
         self._notes.changed = True
         self._counts.go_to(self.param_groups, [0] * len(self.param_groups))
@@ -432,11 +472,12 @@ class FusedAdamW(Optimizer):
         if total_steps < now:
             raise ValueError(f"total_steps={total_steps} is less than the schedule's {now}")
         longer = iter([schedule.with_total_steps(total_steps) for schedule in own])
-        for group in self.param_groups:
-            if has_schedule(group):
-                set_quietly(group, "schedule", next(longer))
+        # groups that are added later get the longer one too
         if self._settings["schedule"] is not None:
             self._settings["schedule"] = self._settings["schedule"].with_total_steps(total_steps)
+        for group in self.param_groups:
+            if has_schedule(group):
+                group.set_quietly("schedule", next(longer))
         self._notes.changed = True
         # a rate that shows the next step is another one now; a rate that was used stays
         counts = self._counts
@@ -500,16 +541,18 @@ class FusedAdamW(Optimizer):
 
         Reads the counters from the device.
         """
-        self._counts.adopt(self.param_groups)
-        k = self._counts.read(self.param_groups)
-        checkpoint.note_counts(self.param_groups, self.state, k, joint=self._joint)
+        counts = self._counts
+        counts.adopt(self.param_groups)
+        k = counts.read(self.param_groups)
+        skipped = counts.counters.skipped.tolist()
+        own = checkpoint.own_state(self.param_groups, self.state, k, skipped, joint=self._joint)
         # post-hooks are to see what is saved, so they run on the finished dict
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
             state_dict = super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = hooks
-        checkpoint.in_plain_numbers(state_dict["param_groups"], self.param_groups)
+        checkpoint.complete(state_dict, self.param_groups, own)
         for hook in hooks.values():
             result = hook(self, state_dict)
             if result is not None:
@@ -517,43 +560,67 @@ class FusedAdamW(Optimizer):
         return state_dict
 
     @eager
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:
         """Load a state dict of this class or of `torch.optim.AdamW`, in the middle of a run too.
 
         Hyperparameters and the peak come from the file, schedules from this optimizer; a disagreement is
         reported. Tensors are copied, never narrowed.
 
+        Args:
+            state_dict: what `state_dict` returned, or that of `torch.optim.AdamW`.
+            strict: False finds parameters by name, takes the state that fits, and leaves groups and their
+                options as they are; both optimizers must have been built from named parameters.
+
+        Returns:
+            None, or with `strict=False` the names in `missing_keys` and `unexpected_keys`.
+
         Raises:
             ValueError: the file does not fit; says what. Nothing has been changed then.
         """
-        state_dict = state_dict.copy()
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        self._counts.adopt(self.param_groups)
-        saved, joint = state_dict.get("param_groups", []), self._joint
-        by_id = checkpoint.check(self.param_groups, state_dict)
-        k = checkpoint.load_k(state_dict, joint=joint)
-        checkpoint.report_disagreement(self.param_groups, saved)
-        groups = checkpoint.load_groups(self.param_groups, saved, joint=joint)
-        state = checkpoint.load_state(self.state, state_dict["state"], by_id, self._settings["state_dtype"])
-        loaded = type(self.state)(dict)
-        loaded.update(state)
-        self.__setstate__({"state": loaded, "param_groups": groups})
-        # a scheduler's state loaded just before wins, once: the next file is another one
-        counts = self._counts
+        counts, missing = self._counts, None
         counts.adopt(self.param_groups)
-        counts.go_to(self.param_groups, k if counts.k_loaded is None else counts.k_loaded)
-        counts.k_loaded = None
+        if strict:
+            loaded = checkpoint.read(
+                self.param_groups, state_dict, joint=self._joint, other_own=counts.own_loaded
+            )
+        else:
+            k = counts.read(self.param_groups)
+            loaded, missing = checkpoint.read_matching(self.param_groups, state_dict, k, joint=self._joint)
+        # a warning that is an error is raised before anything is changed
+        checkpoint.report(loaded.disagreements)
+        self._adopt(loaded, strict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+        return missing
+
+    def _adopt(self, loaded: checkpoint.Loaded, strict: bool) -> None:
+        """Take what has been loaded."""
+        counts, state = self._counts, type(self.state)(dict)
+        if not strict:
+            state.update(self.state)
+        state.update(checkpoint.apply_state(loaded, self.state, self._settings["state_dtype"]))
+        groups = loaded.groups if strict else self.param_groups
+        self.__setstate__({"state": state, "param_groups": groups})
+        counts.adopt(self.param_groups)
+        # a scheduler's state loaded just before wins, once: the next file is another one
+        counts.go_to(self.param_groups, loaded.k if counts.k_loaded is None else counts.k_loaded)
+        counts.k_loaded = counts.own_loaded = None
+        if loaded.skipped is not None:
+            counts.place_skipped(loaded.skipped)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy; reads the counters from the device."""
+        self._counts.adopt(self.param_groups)
         return {
             **super().__getstate__(),
             "_settings": self._settings,
+            "_own": [dict(group.own) for group in self.param_groups],
             "_k": self._counts.read(self.param_groups),
             "_skipped": self._counts.counters.skipped.tolist(),
         }
@@ -561,20 +628,20 @@ class FusedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Adopt a state; called by pickle and, with groups and state alone, by loaders."""
         state = dict(state)
-        k, skipped = state.pop("_k", None), state.pop("_skipped", None)
+        k, skipped, own = state.pop("_k", None), state.pop("_skipped", None), state.pop("_own", None)
         super().__setstate__(state)
-        self.__dict__.setdefault("_notes", Notes()).lr_assigned.clear()
+        self.__dict__.setdefault("_notes", Notes()).clear()
         # the plan belongs to the state that is being replaced
         self._plan = None
         self._notes.changed = True
-        self.param_groups = [ParamGroup(group, self._notes) for group in self.param_groups]
+        own = own or [getattr(group, "own", None) for group in self.param_groups]
+        self.param_groups = [
+            ParamGroup(group, self._notes, kept) for group, kept in zip(self.param_groups, own, strict=True)
+        ]
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 if name != "lr" and name not in group:
                     group[name] = default
-            if isinstance(group.get("schedule"), Schedule):
-                set_quietly(group, "k", group.get("k", 0))
-                set_quietly(group, "k_at_step", group.get("k_at_step", 0))
         if k is not None:
             self._start(k, skipped)
 
@@ -618,7 +685,12 @@ class FusedAdamW(Optimizer):
         return backend
 
     def __repr__(self) -> str:
-        """torch's listing of the groups, after one line on what is fused."""
+        """torch's listing of the groups, then what is fused, and the schedules that groups do not list."""
         fused = {"backend": self.backend, "max_grad_norm": self.max_grad_norm, "nonfinite": self.nonfinite}
         line = ", ".join(f"{name}={value}" for name, value in {**fused, "groups": self.groups}.items())
-        return f"{super().__repr__()}\n({line})"
+        schedules = [
+            f"group {i}: {group['schedule']!r} of peak {group['initial_lr']:g}"
+            for i, group in enumerate(self.param_groups)
+            if has_schedule(group)
+        ]
+        return "\n".join([super().__repr__(), f"({line})", *schedules])

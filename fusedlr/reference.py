@@ -219,8 +219,7 @@ class Counters:
         used: of shape (3, groups). Its rows are `lr`, `grad_norm` (nan where none was needed) and `coef` (of
             clipping, 1 where nothing was clipped).
         squares: of shape (groups,) and never empty, the dtype of `used`: in the first places, per scope, the
-        sum
-            of squares of the unscaled gradients of the step under way.
+            sum of squares of the unscaled gradients of the step under way.
         graphs: what a GPU backend must keep for the CUDA graphs that have captured its steps; it goes on with
             the optimizer when the counters are replaced.
     """

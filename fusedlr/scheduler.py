@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fusedlr.checkpoint import report_lambda_lr
+from fusedlr.checkpoint import OWN_KEY, own_state, read_own, report_lambda_lr
 from fusedlr.counts import Counts
 from fusedlr.eager import eager
 
@@ -89,6 +89,14 @@ class ScheduleView(LRScheduler):
             "lr_lambdas": [None] * len(groups),
             "k": k,
             "k_at_epoch": self.last_epoch,
+            # once more what the optimizer's file has, for tools that drop from it what they don't know
+            OWN_KEY: own_state(
+                groups,
+                self.optimizer.state,
+                k,
+                self._counts.counters.skipped.tolist(),
+                joint=self._counts.joint,
+            ),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,7 +106,7 @@ class ScheduleView(LRScheduler):
         that this schedule does not give at that step is reported.
 
         Raises:
-            ValueError: there is no usable `last_epoch` in it.
+            ValueError: there is no usable `last_epoch` in it, or what it says of our schedules is malformed.
         """
         groups = self.optimizer.param_groups
         k = state_dict.get("k")
@@ -113,7 +121,10 @@ class ScheduleView(LRScheduler):
             ) from None
         if min(steps) < 0:
             raise ValueError(f"last_epoch={min(steps)} in the scheduler's state is negative")
+        own = read_own(state_dict.get(OWN_KEY), groups)
         report_lambda_lr(groups, state_dict, epoch)
+        if own is not None:
+            self._counts.take_own(groups, own, state_dict[OWN_KEY])
         self._counts.go_to(groups, steps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -19,8 +19,9 @@ from fusedlr.backends import Backend, compiled
 from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
-from fusedlr.groups import Options, parameter_name
+from fusedlr.groups import Options, has_schedule, parameter_name
 from fusedlr.reference import Counters, Inputs, Row, Stepper
+from fusedlr.warn import warn
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -126,6 +127,24 @@ def is_allocated(
         for group in groups
         for p in candidates([group], state)
     )
+
+
+def warn_parts(before: Plan, groups: list[dict[str, Any]]) -> bool:
+    """Warn if a group with a schedule holds none of the parameters that it had in the last step; whether it
+    did.
+
+    Wrappers that make one step per part of a group (DeepSpeed's ZeRO stage 3) move its schedule on at each.
+    """
+    for i, group in enumerate(groups):
+        stepped = {id(row.param) for row in before.rows if before.groups[row.group] is group}
+        if has_schedule(group) and stepped and stepped.isdisjoint(map(id, group["params"])):
+            warn(
+                f"group {i} holds none of the parameters that it had in the last step, and its schedule "
+                "counts every step: a wrapper that makes several steps per update (DeepSpeed's ZeRO stage 3 "
+                "does) runs through it too fast. Pass schedule=None and let the wrapper's scheduler drive it"
+            )
+            return True
+    return False
 
 
 def candidates(groups: list[dict[str, Any]], state: State) -> Iterator[Tensor]:

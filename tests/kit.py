@@ -144,6 +144,11 @@ def assert_steps_share_one_tensor(optimizer: fusedlr.FusedAdamW) -> None:
     assert len({view.data_ptr() for view in views}) == len(views)
 
 
+def torchs_part(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as stock AdamW makes it."""
+    return {key: value for key, value in state_dict.items() if key != "fusedlr"}
+
+
 def through_a_file(state: Any) -> Any:
     """What comes back of a state that is saved and loaded as plain tensors and numbers."""
     file = io.BytesIO()

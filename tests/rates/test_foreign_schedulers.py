@@ -154,14 +154,14 @@ def test_a_transformers_scheduler_beside_the_same_schedule_of_ours_is_no_disagre
     assert_same(ours, stock)
 
 
-def test_a_foreign_warmup_from_zero_looks_like_an_allocating_step():
-    """The price of telling a checkpoint tool's step apart: rates are obeyed, our own count is one behind."""
+def test_a_foreign_warmup_from_zero_is_no_allocating_step():
+    """A checkpoint tool's step has the same rate and no state before it, but its gradients are zero."""
     ours, stock = scheduled(), make_stock()
     with quiet():
         rates = drive(ours, lambda o: lr_scheduler.LambdaLR(o, SCHEDULE.lr_at))
     assert rates == drive(stock, lambda o: lr_scheduler.LambdaLR(o, SCHEDULE.lr_at))
     assert_same(ours, stock)
-    assert ours.metrics()["step"].tolist() == [8]
+    assert ours.metrics()["step"].tolist() == [9]
 
 
 def test_the_schedule_and_its_view_give_what_lambda_lr_gives():

@@ -91,6 +91,7 @@ def lambda_states(steps: int) -> tuple[dict, dict]:
 def test_the_views_state_is_lambda_lrs_in_plain_numbers(steps):
     ours, theirs = lambda_states(steps)
     assert (ours.pop("k"), ours.pop("k_at_epoch")) == ([steps], steps)
+    assert ours.pop("fusedlr")["groups"][0]["k"] == steps
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert type(ours[key]) is type(value), key

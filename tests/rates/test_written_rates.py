@@ -20,6 +20,7 @@ from kit import (
     recorded,
     scheduled,
     set_grads,
+    silent,
     step,
     with_rates,
 )
@@ -73,16 +74,29 @@ def test_a_present_rate_is_not_written_by_setdefault():
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_rate_written_again_unchanged_is_a_write(write):
-    """A scheduler that holds a rate writes the same number every step."""
+def test_the_rate_that_is_shown_may_be_written_back(write):
+    """Wrappers write whole groups back before every step, ZeroRedundancyOptimizer for one."""
     optimizer = scheduled()
     for k in range(3):
         step(optimizer, k)
-    held = optimizer.param_groups[0]["lr"]
-    write(optimizer.param_groups[0], held)
-    with quiet():
+    write(optimizer.param_groups[0], optimizer.param_groups[0]["lr"])
+    with silent():
         step(optimizer, 3)
-    assert_same(optimizer, with_rates([SCHEDULE.lr_at(k, PEAK) for k in range(3)] + [held]))
+    assert_same(optimizer, with_rates([SCHEDULE.lr_at(k, PEAK) for k in range(4)]))
+
+
+def test_a_scheduler_that_has_taken_over_may_hold_its_rate():
+    """Its number is not the one that the optimizer shows, even where it is the one that it showed before."""
+    optimizer = scheduled()
+    step(optimizer, 0)
+    shown = SCHEDULE.lr_at(0, PEAK)
+    rates = [shown]
+    with quiet():
+        for k, rate in enumerate([0.3, shown, shown], start=1):
+            optimizer.param_groups[0]["lr"] = rate
+            step(optimizer, k)
+            rates.append(rate)
+    assert_same(optimizer, with_rates(rates))
 
 
 def test_the_schedulers_step_after_a_write_is_the_last_writer():

@@ -56,7 +56,7 @@ def test_every_group_that_disagrees_is_named_in_one_warning():
     source = two_groups()
     source.param_groups[1]["initial_lr"] = 0.4
     state = source.state_dict()
-    state["param_groups"][0]["initial_lr"] = 0.6
+    state["fusedlr"]["groups"][0]["peak"] = 0.6
     with pytest.warns(UserWarning, match=r"group 0: the peak is 0.6 .*; group 1: the peak is 0.4 ") as caught:
         two_groups().load_state_dict(state)
     assert len(caught) == 1

@@ -101,8 +101,7 @@ def test_the_step_that_allocates_state_is_none_of_the_run():
         dcp_state.get_optimizer_state_dict(model, optimizer)
         assert bits(dict(model.state_dict())) == before
         assert optimizer.metrics()["step"].tolist() == [0]
-        # t counts as in torch
-        assert {int(entry["step"]) for entry in optimizer.state.values()} == {1}
+        assert {int(entry["step"]) for entry in optimizer.state.values()} == {0}
         set_grads(optimizer, 0)
         optimizer.step()
     assert not disagreements(caught)

@@ -18,6 +18,7 @@ from kit import (
     scheduled,
     steps,
     through_a_file,
+    torchs_part,
     two_groups,
 )
 from snapshots import bits, params_of, snapshot, unchanged
@@ -127,8 +128,7 @@ def test_independent_groups_count_their_own_steps_without_our_keys_too():
     steps(source, 0, 5, missing=lambda k, i: i > 1 and k % 2 == 0)
     assert source.metrics()["step"].tolist() == [5, 2]
     state = source.state_dict()
-    for group in state["param_groups"]:
-        del group["k"], group["k_at_step"]
+    del state["fusedlr"]
     optimizer = build()
     optimizer.load_state_dict(state)
     assert optimizer.metrics()["step"].tolist() == [5, 2]
@@ -173,7 +173,7 @@ def test_names_are_kept_as_torch_keeps_them():
         return list(zip("abcd", make_params(), strict=True))
 
     ours, stock = make(named()), make_stock(named())
-    assert ours.state_dict() == stock.state_dict()
+    assert torchs_part(ours.state_dict()) == stock.state_dict()
     assert ours.state_dict()["param_groups"][0]["param_names"] == list("abcd")
     steps(stock, 0, 2)
     ours.load_state_dict(stock.state_dict())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from kit import (
     scheduled,
     steps,
     through_a_file,
+    torchs_part,
 )
 from snapshots import bits, params_of, unchanged
 
@@ -62,17 +65,38 @@ def test_a_group_keeps_what_torch_would_keep():
     ]
     ours = fusedlr.FusedAdamW([dict(group) for group in groups])
     stock = torch.optim.AdamW([dict(group) for group in groups])
-    assert ours.state_dict() == stock.state_dict()
+    assert torchs_part(ours.state_dict()) == stock.state_dict()
 
 
-def test_a_schedule_adds_plain_numbers_alone():
+def test_a_schedule_adds_plain_numbers_beside_the_groups_alone():
     ours, stock = scheduled(), make_stock()
-    packed = ours.state_dict()["param_groups"][0]
-    added = packed.keys() - stock.state_dict()["param_groups"][0].keys()
-    assert added == {"schedule", "initial_lr", "k", "k_at_step"}
-    assert packed["schedule"] == SCHEDULE.to_numbers()
-    assert all(type(number) in (int, float) for number in packed["schedule"])
-    assert (packed["k"], packed["k_at_step"], packed["initial_lr"], packed["lr"]) == (0, 0, PEAK, 0.0)
+    steps(ours, 0, 2)
+    saved = ours.state_dict()
+    assert saved.keys() - stock.state_dict().keys() == {"fusedlr"}
+    assert saved["param_groups"][0].keys() == stock.state_dict()["param_groups"][0].keys()
+    assert saved["fusedlr"]["format"] == 2
+    (group,) = saved["fusedlr"]["groups"]
+    assert group.pop("schedule") == SCHEDULE.to_numbers()
+    assert all(type(number) in (int, float) for number in SCHEDULE.to_numbers())
+    assert group == {"peak": PEAK, "k": 2, "k_at_step": 2, "skipped": 0}
+
+
+def test_groups_hold_torchs_options_alone():
+    """Tools save, compare and copy the items of a group, and some can hold plain values only."""
+    ours, stock = scheduled(), make_stock()
+    group = ours.param_groups[0]
+    assert group.keys() == stock.param_groups[0].keys()
+    json.dumps({key: value for key, value in group.items() if key != "params"})
+    assert (group["schedule"], group["initial_lr"], group["k"]) == (SCHEDULE, PEAK, 0)
+    assert group.get("schedule") == SCHEDULE and "schedule" in group
+    assert group.setdefault("initial_lr", 7.0) == PEAK
+    for copied_group in (dict(group), copy.deepcopy(group), copy.copy(group), {**group}):
+        assert type(copied_group) is dict and "schedule" not in copied_group
+    assert "schedule" in repr(ours) or "linear(" in repr(ours)
+    group.update(schedule=fusedlr.constant())
+    assert group["schedule"] == fusedlr.constant() and "schedule" not in group.keys()  # noqa: SIM118
+    assert group.pop("schedule") == fusedlr.constant()
+    assert "schedule" not in group
 
 
 def test_a_state_dict_holds_only_what_weights_only_loads():

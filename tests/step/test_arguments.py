@@ -130,10 +130,14 @@ def test_infinite_clipping_measures_only():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("eps", "x", "'x'"),
-        ("weight_decay", "x", "'x'"),
-        ("lr", torch.ones(2), "lr of group 1 has shape (2,), expected one element"),
-        ("betas", (0.9, "x"), "betas=(0.9, 'x') must be two numbers"),
+        ("eps", "x", "group 1: eps='x' must be a number >= 0"),
+        ("eps", -1.0, "group 1: eps=-1.0 must be a number >= 0"),
+        ("weight_decay", "x", "group 1: weight_decay='x' must be a number >= 0"),
+        ("weight_decay", math.nan, "group 1: weight_decay=nan must be a number >= 0"),
+        ("lr", torch.ones(2), "group 1: lr has shape (2,), a tensor lr must have one element"),
+        ("max_grad_norm", -1.0, "group 1: max_grad_norm=-1.0 must be a number above 0"),
+        ("betas", (0.9, 1.0), "group 1: betas[1]=1.0 must be in [0, 1)"),
+        ("betas", (0.9, "x"), "group 1: betas=(0.9, 'x') must be two numbers"),
         ("betas", (0.9,), "betas=(0.9,) must be two numbers"),
     ],
 )
@@ -145,5 +149,5 @@ def test_nonsense_in_a_running_group_changes_nothing(key, value, message):
     optimizer.param_groups[1][key] = value
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.step()
-    optimizer.param_groups[1][key] = optimizer.defaults[key]
+    optimizer.param_groups[1][key] = optimizer.defaults.get(key)
     assert snapshot(optimizer) == before

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from kit import make, recorded, scheduled, set_grads, steps
+from kit import make, prepare_anew, recorded, scheduled, set_grads, steps
 from snapshots import unchanged
 
 import fusedlr
@@ -50,7 +50,7 @@ def test_a_backend_that_stops_running_changes_nothing(monkeypatch):
     set_grads(optimizer)
     monkeypatch.setenv("FUSEDLR_BACKEND", "opencl")
     # a step like the last one runs where that did
-    optimizer.param_groups[0]["foreach"] = None
+    prepare_anew(optimizer)
     with unchanged(optimizer), pytest.raises(ValueError, match="opencl"):
         optimizer.step()
 
