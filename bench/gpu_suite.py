@@ -38,7 +38,9 @@ _LEAST_SECONDS = 5.0
 
 def main(argv: list[str] | None = None) -> int:
     """Run the suite; 0 if everything passed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_suite", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_suite", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--out",
         type=Path,

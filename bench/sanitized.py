@@ -55,7 +55,9 @@ def run(backend: str, device: str, steps: int = 2) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitized", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sanitized", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
     parser.add_argument("--backend", default="auto", help="whose kernels (default: auto)")
     args = parser.parse_args(argv)

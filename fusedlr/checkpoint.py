@@ -214,14 +214,14 @@ def _check_containers(state_dict: Any, groups: int | None = None) -> Groups:
         raise ValueError(f"the loaded state dict is a {type(state_dict).__name__}, expected a dict")
     for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
         if key not in state_dict:
-            there = sorted(map(str, set(state_dict) - {OWN_KEY}))
-            raise ValueError(f"the loaded state dict has no {key!r}, only {there}")
+            keys = sorted(map(str, set(state_dict) - {OWN_KEY}))
+            raise ValueError(f"the loaded state dict has no {key!r}, only {keys}")
         if not isinstance(state_dict[key], kind):
             found = type(state_dict[key]).__name__
             raise ValueError(f"{key!r} of the loaded state dict is a {found}, expected a dict or list")
     if groups is not None and len(state_dict["param_groups"]) != groups:
-        found = len(state_dict["param_groups"])
-        raise ValueError(f"the loaded state dict has {found} parameter groups, this optimizer has {groups}")
+        there = len(state_dict["param_groups"])
+        raise ValueError(f"the loaded state dict has {there} parameter groups, this optimizer has {groups}")
     seen = set()
     for i, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, Mapping):
@@ -447,27 +447,30 @@ def _disagreements(groups: Groups, loaded: Groups, own: list[dict[str, Any]]) ->
     return lines
 
 
-def report_lambda_lr(groups: Groups, state_dict: dict[str, Any], epoch: int) -> None:
-    """Warn, in words, where the rate in a LambdaLR's state is not what this optimizer's schedule gives there.
+def scheduler_disagreements(groups: Groups, state_dict: dict[str, Any], steps: list[int]) -> list[str]:
+    """In words, where the rate in the state of a torch scheduler is not that of the schedules at these steps.
 
     A state of our own has `k`; its schedule is in the optimizer's file.
     """
     rates, peaks = state_dict.get("_last_lr"), state_dict.get("base_lrs")
-    if "lr_lambdas" not in state_dict or "k" in state_dict or not rates or not peaks:
-        return
+    if "k" in state_dict or not isinstance(rates, (list, tuple)) or len(rates) != len(groups):
+        return []
     lines = []
-    for i, (group, rate, peak) in enumerate(zip(groups, rates, peaks, strict=False)):
+    for i, (group, rate, step) in enumerate(zip(groups, rates, steps, strict=True)):
         schedule = group.get("schedule")
-        if schedule is None or not peak > 0:
+        if schedule is None:
             continue
-        theirs, here = float(rate) / float(peak), schedule.lr_at(epoch)
+        # relative to what its scheduler calls the base, which for some is not the peak
+        base = peaks[i] if isinstance(peaks, (list, tuple)) and len(peaks) == len(groups) else 0
+        theirs = [float(rate) / float(x) for x in (base, group["initial_lr"]) if x > 0]
+        here = schedule.lr_at(step)
         # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
-        if not math.isclose(theirs, here, rel_tol=1e-9, abs_tol=1e-11):
+        if theirs and not any(math.isclose(x, here, rel_tol=1e-9, abs_tol=1e-11) for x in theirs):
             lines.append(
-                f"group {i}: at k = {epoch} the checkpoint's scheduler gives {theirs:.4g} of the peak, this "
-                f"optimizer's schedule {here:.4g}; this optimizer's is used"
+                f"group {i}: at k = {step} the checkpoint's scheduler gives {theirs[0]:.4g} of the peak, "
+                f"this optimizer's schedule {here:.4g}; this optimizer's is used"
             )
-    report(lines)
+    return lines
 
 
 def report(lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr plot`, `fusedlr info`."""
+"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr plot`, `fusedlr run`, `fusedlr info`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import import_module, metadata, util
 from pathlib import Path
 from types import ModuleType
 
-from fusedlr import __version__, demo, plot
+from fusedlr import __version__, demo, plot, run
 from fusedlr.console import Parser
 
 # the checkout, or where the package is installed
@@ -23,6 +23,7 @@ _VARIABLES = ("FUSEDLR_BACKEND", "FUSEDLR_CPU_ISA", "TRITON_INTERPRET")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="fusedlr", description="AdamW with the learning rate schedule fused into its step.")
     parser.add_argument("--version", action="version", version=f"fusedlr {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schedule together on the tensors of LoRA adapters: fusedlr, stock torch, and others that are "
         "installed, interleaved in one run. Without arguments that takes under ten seconds.",
     )
-    bench = bench_package()
-    bench.add_arguments(bench_parser)
+    # a process that trains needs nothing of it
+    if argv[:1] == ["bench"]:
+        bench_package().add_arguments(bench_parser)
     plot_parser = commands.add_parser(
         "plot",
         help="draw learning rate schedules here or into a picture",
@@ -50,6 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "For example: fusedlr plot cosine linear --warmup-steps 200 --total-steps 4000 --peak 1e-5",
     )
     plot.add_arguments(plot_parser)
+    run_parser = commands.add_parser(
+        "run",
+        help="run a training script with every Hugging Face Trainer on FusedAdamW",
+        description="Run a script, or with -m a module, in which every Trainer whose optimizer is torch's "
+        "AdamW steps with FusedAdamW, as patch_transformers() does. Launchers run it in every process: "
+        "torchrun -m fusedlr run train.py, accelerate launch -m fusedlr run train.py",
+    )
+    run.add_arguments(run_parser)
     commands.add_parser(
         "info",
         help="versions, devices, and which backend would run; for bug reports",
@@ -68,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return demo.run(args, demo_parser)
     if args.command == "bench":
-        return bench.run(args, bench_parser)
+        return bench_package().run(args, bench_parser)
     if args.command == "plot":
         return plot.run(args, plot_parser)
+    if args.command == "run":
+        return run.run(args, run_parser)
     print(info())
     return 0
 

@@ -5,7 +5,13 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes end in one line and exit code 2; argparse would put the whole usage in front of it."""
+    """Mistakes end in one line and exit code 2; argparse would put the whole usage in front of it.
+
+    Options are written out: an abbreviation would change its meaning with the next option that begins so.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message):
         """End the program; `message` names the argument."""

@@ -98,11 +98,14 @@ class ParamGroup(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "lr":
             super().__setitem__(key, value)
-            if type(value) is float and value == self.shown_lr and has_schedule(self):
-                self._notes.lr_assigned.discard(id(self))
-                self._notes.lr_written_back.add(id(self))
+            notes, scheduled = self._notes, has_schedule(self)
+            # a number that is given to a group without a schedule is read at every step
+            notes.changed = notes.changed or scheduled or isinstance(value, Tensor)
+            if type(value) is float and value == self.shown_lr and scheduled:
+                notes.lr_assigned.discard(id(self))
+                notes.lr_written_back.add(id(self))
             else:
-                self._notes.lr_assigned.add(id(self))
+                notes.lr_assigned.add(id(self))
             return
         self._notes.others_assigned = True
         if key == "k":
@@ -193,14 +196,12 @@ class Options:
         groups: every group in order.
         scopes: every scope.
         overruled: indices of groups whose own schedule gives way to an assigned lr in the next step.
-        scheduled: whether a group has a schedule, or a rate that is a tensor: an assigned lr then matters.
         kept: whether the options hold until a change is noted; a tensor or a list can be changed in place.
     """
 
     groups: list[GroupStep]
     scopes: list[Scope]
     overruled: list[int]
-    scheduled: bool
     kept: bool
 
     @staticmethod
@@ -229,12 +230,10 @@ class Options:
         ]
         limits = [max_grad_norm] if joint else [group.get("max_grad_norm", max_grad_norm) for group in groups]
         scopes = [Scope(limit, skips_nonfinite(nonfinite, limit), always=joint) for limit in limits]
-        given_as_tensor = any(step.lr is not None for step in steps)
         return Options(
             groups=steps,
             scopes=scopes,
             overruled=overruled,
-            scheduled=given_as_tensor or any(map(has_schedule, groups)),
             kept=all(map(_is_plain, groups)),
         )
 

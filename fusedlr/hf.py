@@ -8,22 +8,61 @@ from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from transformers import Trainer, TrainerCallback
 
 from fusedlr.optimizer import FusedAdamW
 from fusedlr.schedule import Schedule, from_hf, knows_hf
+from fusedlr.scheduler import ScheduleView
 from fusedlr.warn import warn
 
 # oldest and newest transformers that the tests of this module have passed with
-TESTED = ("5.0.0", "5.23.0")
+TESTED = ("5.0.0", "5.24.0")
 # oldest with the private hook by which the Trainer leaves clipping to somebody else
 CLIP_HOOK = "_clip_grad_norm"
 CLIP_HOOK_SINCE = "5.3.0"
 # share of the schedule that may be missed in silence: a cosine's last 5 % lie below 0.62 % of the peak
 _FAR = 0.05
+
+
+class _FusedTrainer(Trainer):
+    """What `FusedLRTrainerMixin` changes in transformers' own Trainer, and so in every class based on it."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with `FusedLRCallback` at work."""
+        callback = _report_first(self)
+        # an optimizer that is there before the first run was passed in
+        own = f"made by {getattr(type(self).create_optimizer, '__qualname__', 'create_optimizer')}"
+        callback.origin = callback.origin or (own if self.optimizer is None else "passed to it")
+        return super().train(*args, **kwargs)
+
+    @classmethod
+    def get_optimizer_cls_and_kwargs(cls, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As the Trainer's, with `FusedAdamW` for torch's AdamW."""
+        stock = super().get_optimizer_cls_and_kwargs(args, model)
+        replaced = _replaced(*stock)
+        if not (isinstance(replaced[0], type) and issubclass(replaced[0], FusedAdamW)):
+            raise ValueError(
+                f"optim={getattr(args.optim, 'value', args.optim)!r} is not torch's AdamW, which fusedlr "
+                "replaces: use optim='adamw_torch_fused', or the Trainer without fusedlr"
+            )
+        return replaced
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Bind the arguments' schedule to the optimizer; the scheduler is the optimizer's own view of it."""
+        return _create_scheduler(self, super().create_scheduler, num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return _clip(self, super()._clip_grad_norm, model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return _get_norm(self, super()._get_grad_norm, model, grad_norm)
+
 
 if TYPE_CHECKING:
     # the mixin stands before a Trainer
@@ -37,34 +76,23 @@ class FusedLRTrainerMixin(_Base):
 
     Where the arguments ask for AdamW the optimizer is `FusedAdamW`, with the Trainer's own param groups, and
     where its schedule depends on the step alone it drives itself. It clips inside its step, the norm is
-    logged as before, and `FusedLRCallback` is at work. An optimizer passed to the Trainer is used as it is; a
-    `FusedAdamW` without a schedule gets the one of the arguments. Sharded training (FSDP, DeepSpeed) is
-    clipped by the Trainer.
+    logged as before, and `FusedLRCallback` is at work. What the Trainer class itself says of its optimizer,
+    scheduler and norm stands: only transformers' own methods, which it may call, are replaced. An optimizer
+    passed to the Trainer is used as it is; a `FusedAdamW` without a schedule gets the one of the arguments.
+    If the optimizer is not `FusedAdamW` in the end, a warning at the beginning of the training says so.
+    Sharded training (FSDP, DeepSpeed) is clipped by the Trainer.
 
     Raises:
         ValueError: `optim` is not one of torch's AdamW.
     """
 
-    @classmethod
-    def get_optimizer_cls_and_kwargs(cls, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """As the Trainer's, with `FusedAdamW` for torch's AdamW."""
-        stock = super().get_optimizer_cls_and_kwargs(args, model)
-        if not _is_adamw(stock[0]):
-            raise ValueError(
-                f"optim={getattr(args.optim, 'value', args.optim)!r} is not torch's AdamW, which fusedlr "
-                "replaces: use optim='adamw_torch_fused', or the Trainer without fusedlr"
-            )
-        return _replaced(*stock)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Bind the arguments' schedule to the optimizer; the scheduler is the optimizer's own view of it."""
-        return _create_scheduler(self, super().create_scheduler, num_training_steps, optimizer)
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        return _clip(self, super()._clip_grad_norm, model)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return _get_norm(self, super()._get_grad_norm, model, grad_norm)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Put the replaced methods directly before transformers' Trainer, behind those of its subclasses."""
+        super().__init_subclass__(**kwargs)
+        bases = [base for base in cls.__bases__ if base is not _FusedTrainer]
+        if any(issubclass(base, Trainer) for base in bases):
+            at = bases.index(Trainer) if Trainer in bases else len(bases)
+            cls.__bases__ = (*bases[:at], _FusedTrainer, *bases[at:])
 
 
 class FusedLRTrainer(FusedLRTrainerMixin, Trainer):
@@ -80,12 +108,40 @@ class FusedLRCallback(TrainerCallback):
     """
 
     _told = False
+    # who made the optimizer, where that is known
+    origin = ""
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Compare the schedule's length with the run's."""
+        """Say what is not fusedlr's, and compare the schedule's length with the run's."""
         self._told = False
+        fused = unwrap(optimizer)
+        if fused is None:
+            origin = self.origin and f", {self.origin}"
+            warn(
+                f"this Trainer's optimizer is {_innermost(optimizer)}{origin}, and not FusedAdamW: nothing "
+                "of fusedlr is at work. A create_optimizer of your own gets FusedAdamW from "
+                "self.get_optimizer_cls_and_kwargs; for code that asks the class for it there is "
+                "patch_transformers()"
+            )
+            return
+        # a limit of the run before
+        if fused in _limits:
+            _limit(fused, None)
+        schedule, driver = _schedule_of(fused), getattr(lr_scheduler, "scheduler", lr_scheduler)
+        if schedule is not None and not isinstance(driver, ScheduleView):
+            warn(
+                f"the learning rate follows this Trainer's {type(driver).__name__}, and not the optimizer's "
+                f"own schedule, {schedule!r}: give the Trainer optimizer.scheduler, or the optimizer "
+                "schedule=None"
+            )
         self._compare(optimizer, state.max_steps, "training will end after")
 
     def on_log(
@@ -124,7 +180,13 @@ class FusedLRCallback(TrainerCallback):
 
 
 class Patch:
-    """What `patch_transformers` has changed, until `undo()` or the end of a `with` block."""
+    """What `patch_transformers` has changed, until `undo()` or the end of a `with` block.
+
+    Attributes:
+        used: whether a Trainer was given `FusedAdamW` since.
+    """
+
+    used = False
 
     def __init__(self) -> None:
         self._before: dict[str, Any] = {}
@@ -187,12 +249,16 @@ def unwrap(optimizer: Any) -> FusedAdamW | None:
     return optimizer
 
 
-def _is_adamw(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, (torch.optim.AdamW, FusedAdamW))
+def _innermost(optimizer: Any) -> str:
+    """The name of the class inside accelerate's wrappers."""
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    return type(optimizer).__name__
 
 
 def _replaced(cls: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return (FusedAdamW if _is_adamw(cls) else cls), kwargs
+    # a subclass has a step of its own, which stands
+    return (FusedAdamW if cls is torch.optim.AdamW else cls), kwargs
 
 
 def _schedule_of(fused: FusedAdamW | None) -> Schedule | None:
@@ -200,6 +266,9 @@ def _schedule_of(fused: FusedAdamW | None) -> Schedule | None:
     groups = fused.param_groups if fused is not None else []
     return next((g["schedule"] for g in groups if g.get("schedule") is not None), None)
 
+
+# per optimizer the schedule that a Trainer has started last
+_started: WeakKeyDictionary[FusedAdamW, Schedule | None] = WeakKeyDictionary()
 
 # each takes the trainer, the stock method bound to it, and that method's arguments
 
@@ -210,14 +279,18 @@ def _create_scheduler(trainer: Any, stock: Any, num_training_steps: int, optimiz
         return stock(num_training_steps, optimizer)
     _warn_without_hook(trainer.args.max_grad_norm)
     _report_first(trainer)
-    # a second train() starts the arguments' schedule anew, and leaves one of the caller's alone
-    started = trainer.__dict__.get("_fusedlr_started") is fused
-    if started or _schedule_of(fused) is None:
+    # another run starts the arguments' schedule anew, and leaves one of the caller's alone
+    own = _schedule_of(fused)
+    if own is None or own == _started.get(fused):
         schedule = _asked_for(trainer.args, num_training_steps)
         if schedule is None:
+            # one that was started for an earlier run would go on
+            for group in fused.param_groups:
+                if group.get("schedule") is not None:
+                    group["schedule"] = None
             return stock(num_training_steps, optimizer)
         fused.start_schedule(schedule)
-        trainer._fusedlr_started = fused
+        _started[fused] = _schedule_of(fused)
     trainer.lr_scheduler = fused.scheduler
     trainer._created_lr_scheduler = True
     return trainer.lr_scheduler
@@ -227,24 +300,56 @@ def _clip(trainer: Any, stock: Any, model: Any) -> Any:
     fused = unwrap(trainer.optimizer)
     if fused is None or not _can_clip(trainer, fused):
         return stock(model)
-    limit, own = trainer.args.max_grad_norm, fused.max_grad_norm
-    # one after the other, both would clip to the smaller
-    if own is None or limit < own:
-        fused.max_grad_norm = limit
-    return fused.coming_grad_norm()
+    _limit(fused, trainer.args.max_grad_norm)
+    return fused.grad_norm(_scale(trainer, fused))
 
 
 def _get_norm(trainer: Any, stock: Any, model: Any, grad_norm: Any = None) -> Any:
     fused = unwrap(trainer.optimizer)
-    clips = fused is not None and fused.max_grad_norm is not None and _can_clip(trainer, fused)
-    # with max_grad_norm=0 the Trainer measures the norm; not if the step does so as well
-    if fused is not None and grad_norm is None and clips:
-        return fused.coming_grad_norm()
-    return stock(model, grad_norm=grad_norm)
+    if fused is None or grad_norm is not None or not _can_clip(trainer, fused):
+        return stock(model, grad_norm=grad_norm)
+    if not trainer.args.max_grad_norm > 0:
+        _limit(fused, None)
+    return fused.grad_norm(_scale(trainer, fused))
+
+
+# per optimizer its own limit, and the one that the step was given last
+_limits: WeakKeyDictionary[FusedAdamW, tuple[float | None, float | None]] = WeakKeyDictionary()
+
+
+def _limit(fused: FusedAdamW, asked: float | None) -> None:
+    """Clip to the smaller of the optimizer's own limit and `asked`, as if both clipped in turn."""
+    now = fused.max_grad_norm
+    own, given = _limits.get(fused, (now, now))
+    if now != given:
+        # assigned from outside since
+        own = now
+    limit = min((x for x in (own, asked) if x is not None), default=None)
+    if limit != now:
+        fused.max_grad_norm = limit
+    _limits[fused] = own, limit
+
+
+def _scale(trainer: Any, fused: FusedAdamW) -> Tensor | None:
+    """What the gradients are multiplied by; None where that is nothing."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is None or not scaler.is_enabled() or _is_unscaled(scaler, fused):
+        return None
+    # the scale as a tensor, which nothing waits for
+    return scaler.scale(torch.ones((), device=scaler._device))
+
+
+def _is_unscaled(scaler: Any, fused: FusedAdamW) -> bool:
+    """Whether somebody has called `unscale_` since the last step; torch has no public question for it."""
+    stage = scaler._per_optimizer_states[id(fused)]["stage"]
+    return stage is OptState.UNSCALED
 
 
 def _get_optimizer_cls_and_kwargs(trainer: Any, stock: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
-    return _replaced(*stock(*args, **kwargs))
+    replaced = _replaced(*stock(*args, **kwargs))
+    if _patch is not None and replaced[0] is FusedAdamW:
+        _patch.used = True
+    return replaced
 
 
 _REPLACEMENTS: dict[str, Any] = {
@@ -285,13 +390,14 @@ def _can_clip(trainer: Any, fused: FusedAdamW) -> bool:
     return fused.groups == "joint" and (kind == "NO" or kind.startswith("MULTI_"))
 
 
-def _report_first(trainer: Any) -> None:
+def _report_first(trainer: Any) -> FusedLRCallback:
     """Put the callback before the reporters, which log what they find when they are called."""
     callbacks = trainer.callback_handler.callbacks
     own = next((callback for callback in callbacks if isinstance(callback, FusedLRCallback)), None)
     if own is not None:
         callbacks.remove(own)
-    callbacks.insert(0, own or FusedLRCallback())
+    callbacks.insert(0, own := own or FusedLRCallback())
+    return own
 
 
 @functools.cache

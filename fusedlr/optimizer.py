@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -31,11 +32,23 @@ from fusedlr.groups import (
 from fusedlr.reference import Signals
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
-from fusedlr.step import Plan, allocate, device_of, devices_of, is_allocated, prepare, warn_parts
+from fusedlr.step import (
+    Plan,
+    allocate,
+    device_of,
+    devices_of,
+    is_allocated,
+    measure,
+    prepare,
+    warn_parts,
+)
 
 _NO_SIGNALS = Signals()
 _ALLOCATE_BEFORE_CAPTURE = (
     "make one step outside the CUDA graph before capturing it: the state is allocated there"
+)
+_NO_NORM_IN_CAPTURE = (
+    "grad_norm() cannot be captured in a CUDA graph: a captured step computes the norm, which metrics() has"
 )
 
 
@@ -154,6 +167,8 @@ class FusedAdamW(Optimizer):
         # one step at a time, whichever threads make them
         self._lock = threading.RLock()
         self._plan: Plan | None = None
+        # whose gradients `grad_norm` has just measured
+        self._measured: Plan | None = None
         self._options: Options | None = None
         self._updates = UpdateCounts()
         self._view: weakref.ref[ScheduleView] | None = None
@@ -177,79 +192,70 @@ class FusedAdamW(Optimizer):
             RuntimeError: a gradient cannot be used; names the parameter. Nothing has been changed then.
         """
         # torch wraps `step` in a profiler range and two hook loops that cost as much as a small step
-        if torch.autograd._profiler_enabled():
-            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-                return self._hooked_step(closure)
-        if (
-            self._optimizer_step_pre_hooks
+        hooked = (
+            torch.autograd._profiler_enabled()
+            or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
-        ):
-            return self._hooked_step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._make_step()
-        self._optimizer_step_code()
+        )
+        with self._hooks(closure) if hooked else nullcontext(closure) as closure:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with self._lock:
+                signals, plan, before = self._signals(), self._plan, self._counts.k
+                measured, self._measured = self._measured, None
+                try:
+                    if plan is not None and not plan.watch.unchanged(self.param_groups, self.state):
+                        plan = None
+                    if plan is None or self._notes.changed:
+                        plan = self._renewed(plan)
+                    if plan is None:
+                        # the state has been allocated, which was all that this step was for
+                        return loss
+                    if self._is_capturing():
+                        self._check_capture()
+                    if measured is plan and signals is _NO_SIGNALS and plan.watch.same_gradients():
+                        made = plan.stepper.update(signals)
+                    else:
+                        made = plan.stepper.step(signals)
+                    self._after_step(plan, made)
+                except BaseException:
+                    # an interrupt may come when the step is made and the host does not know of it
+                    made = self._counts.recover(before)
+                    if made is not None and plan is not None:
+                        self._after_step(plan, made)
+                    raise
+                finally:
+                    if self._plan is not None:
+                        self._plan.watch.release()
         return loss
 
     # tells torch.optim.Optimizer that the hooks are dispatched here
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _hooked_step(self, closure: Callable[[], Any] | None) -> Any:
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
-        before = torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks
-        for hook in chain.from_iterable(hooks.values() for hooks in before if hooks):
-            result = hook(self, args, kwargs)
-            if result is None:
-                continue
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
-            args, kwargs = result
-        loss = None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._make_step()
-        self._optimizer_step_code()
-        after = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
-        for hook in chain.from_iterable(hooks.values() for hooks in after if hooks):
-            hook(self, args, kwargs)
-        return loss
-
-    def _make_step(self) -> None:
-        with self._lock:
-            notes, signals, plan = self._notes, self._signals(), self._plan
-            try:
-                if plan is None or not plan.watch.unchanged(self.param_groups, self.state):
-                    plan = self._prepare()
-                elif notes.changed or self._options_may_have_changed():
-                    plan = self._take_options(plan)
-                if plan is None:
-                    # the state has been allocated, which was all that this step was for
-                    return
-                if self._is_capturing():
-                    self._check_capture()
-                self._run(plan, signals)
-            finally:
-                if plan is not None:
-                    plan.watch.release()
-
-    def _run(self, plan: Plan, signals: Signals) -> None:
-        before = self._counts.k
-        try:
-            made = plan.stepper.step(signals)
-            self._after_step(plan, made)
-        except BaseException:
-            # an interrupt may come when the step is made and the host does not know of it
-            made = self._counts.recover(before)
-            if made is not None:
-                self._after_step(plan, made)
-            raise
+    @contextmanager
+    def _hooks(self, closure: Callable[[], Any] | None) -> Iterator[Callable[[], Any] | None]:
+        """Run step hooks around a step, in a profiler range; gives the closure that they leave."""
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+            kwargs: dict[str, Any] = {}
+            before = torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks
+            for hook in chain.from_iterable(hooks.values() for hooks in before if hooks):
+                result = hook(self, args, kwargs)
+                if result is None:
+                    continue
+                if not (isinstance(result, tuple) and len(result) == 2):
+                    raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
+                args, kwargs = result
+            yield args[1] if len(args) > 1 else kwargs.get("closure")
+            # where torch's profilers put their mark
+            self._optimizer_step_code()
+            after = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
+            for hook in chain.from_iterable(hooks.values() for hooks in after if hooks):
+                hook(self, args, kwargs)
 
     def _signals(self) -> Signals:
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -257,24 +263,28 @@ class FusedAdamW(Optimizer):
             return _NO_SIGNALS
         return Signals(arguments.one_element("grad_scale", scale), arguments.one_element("found_inf", inf))
 
-    def _options_may_have_changed(self) -> bool:
-        """Whether a tensor may have been changed in place, or an assigned lr overrules a schedule or a
-        tensor.
-        """
-        options = self._options
-        return options is None or not options.kept or (options.scheduled and bool(self._notes.lr_assigned))
+    def _renewed(self, plan: Plan | None, *, may_only_allocate: bool = True) -> Plan | None:
+        """A plan for what is there now: the given one with other options if it can take them, or a new one.
 
-    def _prepare(self) -> Plan | None:
+        None if the step was only to allocate the state.
+        """
+        self._counts.adopt(self.param_groups)
+        if plan is None or not plan.fits(self.param_groups, self._counts.counters):
+            return self._prepare(may_only_allocate=may_only_allocate)
+        self._options = options = self._new_options()
+        plan.stepper.assign(options.groups, options.scopes)
+        return plan
+
+    def _prepare(self, *, may_only_allocate: bool = True) -> Plan | None:
         """Check everything and make the plan; None if the step was only to allocate the state."""
         before, self._plan = self._plan, None
         if before is not None and not self._warned_parts:
             self._warned_parts = warn_parts(before, self.param_groups)
-        self._counts.adopt(self.param_groups)
         backend = self._choose_backend()
         # what is not a number raises here, before any group has been updated
         options = self._new_options()
         arguments = self.param_groups, self.state, options, self._updates, self._settings["state_dtype"]
-        if self._only_allocates():
+        if may_only_allocate and self._only_allocates():
             allocate(*arguments)
             self._notes.clear()
             self._notes.changed = True
@@ -289,15 +299,6 @@ class FusedAdamW(Optimizer):
         self._options = options
         return self._plan
 
-    def _take_options(self, plan: Plan) -> Plan | None:
-        """The plan with the groups' options as they are now, or another one if it cannot take them."""
-        self._counts.adopt(self.param_groups)
-        if not plan.fits(self.param_groups, self._counts.counters):
-            return self._prepare()
-        self._options = options = self._new_options()
-        plan.stepper.assign(options.groups, options.scopes)
-        return plan
-
     def _new_options(self) -> Options:
         options = Options.of(
             self.param_groups,
@@ -306,8 +307,8 @@ class FusedAdamW(Optimizer):
             max_grad_norm=self.max_grad_norm,
             nonfinite=self._settings["nonfinite"],
         )
-        # after a step under an assigned lr the schedules take over again
-        self._notes.changed = bool(options.overruled)
+        # taken anew for the next step, if a schedule then takes over again or a value may change in place
+        self._notes.changed = bool(options.overruled) or not options.kept
         return options
 
     def _only_allocates(self) -> bool:
@@ -484,16 +485,51 @@ class FusedAdamW(Optimizer):
         if list(counts.shown) == list(counts.k):
             counts.show(self.param_groups, counts.shown)
 
-    def coming_grad_norm(self) -> Tensor:
-        """The gradient norm of the next step: a 0-dim view on the device, to be read after that step.
+    @eager
+    def grad_norm(self, grad_scale: Tensor | float | None = None) -> Tensor:
+        """L2 norm of the gradients as they are now, not clipped; computed on the device, waits for nothing.
 
-        For trainers that ask for the norm before the step and log it afterwards. Waits for nothing; joint
-        groups only. nan while no step has needed a norm.
+        The next `step()` takes it over instead of computing it again if every gradient is still the same
+        tensor and has not been written to since. A write that torch does not count (through `.data`, or by
+        replaying a CUDA graph) is not seen. Under a GradScaler the step computes its own.
+
+        Args:
+            grad_scale: what the loss was multiplied by, a number or a tensor of one element; the norm is
+                that of the gradients divided by it. None where they are not scaled, or unscaled already.
+
+        Returns:
+            A new tensor: 0-dim, of shape (groups,) when groups are independent. 0 without gradients.
+
+        Raises:
+            RuntimeError: a gradient cannot be used; names the parameter. Or a CUDA graph is being captured.
+            ValueError: `grad_scale` has more than one element.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = fusedlr.FusedAdamW([p], lr=0.1, max_grad_norm=1.0)
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> optimizer.grad_norm().item()
+        5.0
         """
-        backend = self._choose_backend(warn=False)
-        device = device_of(self.param_groups, self._counts.counters.k.device)
-        self._counts.place_on(device, fp32=backend.single)
-        return self._counts.counters.grad_norm[0]
+        scale = arguments.one_element("grad_scale", grad_scale)
+        with self._lock:
+            if self._is_capturing():
+                raise RuntimeError(_NO_NORM_IN_CAPTURE)
+            try:
+                plan = self._plan
+                if plan is not None and not plan.watch.unchanged(self.param_groups, self.state):
+                    plan = None
+                if plan is None or self._notes.changed:
+                    plan = self._renewed(plan, may_only_allocate=False)
+                assert plan is not None and self._options is not None
+                measure(plan, self._options, Signals(scale))
+                plan.watch.remember_gradients()
+            finally:
+                if self._plan is not None:
+                    self._plan.watch.release()
+            self._measured = plan if scale is None and self._settings["amp_scaling"] else None
+            norms = self._counts.counters.squares.sqrt()
+        return norms[0] if self._joint else norms[: len(self.param_groups)]
 
     @property
     @eager

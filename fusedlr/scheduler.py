@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fusedlr.checkpoint import OWN_KEY, own_state, read_own, report_lambda_lr
+from fusedlr.checkpoint import OWN_KEY, own_state, read_own, report, scheduler_disagreements
 from fusedlr.counts import Counts
 from fusedlr.eager import eager
+from fusedlr.schedule import Schedule
+from fusedlr.warn import warn
 
 
 class ScheduleView(LRScheduler):
@@ -57,6 +61,11 @@ class ScheduleView(LRScheduler):
     def _last_lr(self) -> list[float]:  # type: ignore[override]
         return self.get_last_lr()
 
+    @property
+    def lr_lambdas(self) -> list[Callable[[int], float]]:
+        """Per group a function of the step that gives its rate in units of the peak, as `LambdaLR` has."""
+        return [partial(_ratio, schedule=group.get("schedule")) for group in self.optimizer.param_groups]
+
     # torch.compile cannot follow groups that are no plain dicts
     @eager
     def step(self, epoch: int | None = None) -> None:
@@ -102,8 +111,10 @@ class ScheduleView(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from this view's state or from `LambdaLR`'s: its `last_epoch` becomes the next step.
 
-        It overrides what the optimizer's own checkpoint says, whichever is loaded first. A rate of LambdaLR
-        that this schedule does not give at that step is reported.
+        It overrides what the optimizer's own checkpoint says, whichever is loaded first. A rate of torch's
+        scheduler that this schedule does not give at that step is reported. If the schedule gives it at the
+        step where the optimizer stands, that scheduler has counted something else, epochs say, and the
+        optimizer's own step stands.
 
         Raises:
             ValueError: there is no usable `last_epoch` in it, or what it says of our schedules is malformed.
@@ -121,12 +132,24 @@ class ScheduleView(LRScheduler):
             ) from None
         if min(steps) < 0:
             raise ValueError(f"last_epoch={min(steps)} in the scheduler's state is negative")
-        own = read_own(state_dict.get(OWN_KEY), groups)
-        report_lambda_lr(groups, state_dict, epoch)
-        if own is not None:
-            self._counts.take_own(groups, own, state_dict[OWN_KEY])
+        taken = read_own(state_dict.get(OWN_KEY), groups)
+        lines = scheduler_disagreements(groups, state_dict, steps)
+        own = self._counts.read(groups) if lines else steps
+        if own != steps and not scheduler_disagreements(groups, state_dict, own):
+            warn(
+                f"last_epoch={epoch} in the scheduler's state does not count updates: its rate is that of "
+                f"k = {own[0]}, where this optimizer stands and goes on"
+            )
+            return
+        report(lines)
+        if taken is not None:
+            self._counts.take_own(groups, taken, state_dict[OWN_KEY])
         self._counts.go_to(groups, steps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a copy is the view of the optimizer's copy
         return operator.attrgetter("scheduler"), (self.optimizer,)
+
+
+def _ratio(k: int, schedule: Schedule | None) -> float:
+    return 1.0 if schedule is None else schedule.lr_at(k)

@@ -20,10 +20,15 @@ from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Options, has_schedule, parameter_name
-from fusedlr.reference import Counters, Inputs, Row, Stepper
+from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper
 from fusedlr.warn import warn
 
 State = dict[Tensor, dict[str, Any]]
+
+_SHARDED = (
+    "a parameter sharded by FSDP has no gradient norm here: clip with FSDP's clip_grad_norm_, and pass "
+    "max_grad_norm=None and nonfinite='propagate'"
+)
 
 
 class Watch(Inputs, Protocol):
@@ -31,6 +36,12 @@ class Watch(Inputs, Protocol):
 
     def unchanged(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether all is as it was, but for values, given rates, and which gradients there are and where."""
+
+    def remember_gradients(self) -> None:
+        """Keep in mind which gradients these are, until `same_gradients` is asked."""
+
+    def same_gradients(self) -> bool:
+        """Whether the gradients are the remembered ones: same tensors, addresses and versions."""
 
     def release(self) -> None:
         """Let go of the tensors, which are kept alive from `unchanged` on."""
@@ -59,6 +70,13 @@ class UncompiledWatch(StepInputs):
 
     def unchanged(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Never, because this watch does not look."""
+        return False
+
+    def remember_gradients(self) -> None:
+        """Nothing is remembered, because the next step has another watch."""
+
+    def same_gradients(self) -> bool:
+        """Never, because nothing is remembered."""
         return False
 
     def release(self) -> None:
@@ -92,6 +110,37 @@ def prepare(
     stepper.assign(options.groups, options.scopes)
     names = list(map(names_of_state, groups))
     return Plan(list(groups), names, counts.counters, rows, watch, stepper)
+
+
+@torch.no_grad()
+def measure(plan: Plan, options: Options, signals: Signals) -> None:
+    """Write the sums of squares of all scopes, of those too whose steps need no norm.
+
+    Raises:
+        RuntimeError: a parameter has no norm on this process alone.
+    """
+    # not through other options of the stepper: a captured graph would find other arguments than its own
+    unnormed = {i for i, scope in enumerate(options.scopes) if not scope.normed}
+    grads: dict[int, list[Tensor]] = {i: [] for i in unnormed}
+    for row in plan.rows if unnormed else ():
+        scope = options.groups[row.group].scope
+        if scope not in unnormed or row.param.grad is None:
+            continue
+        if getattr(row.param, "_fsdp_flattened", False):
+            raise RuntimeError(f"{parameter_name(plan.groups[row.group], row.group, row.param)}: {_SHARDED}")
+        grads[scope].append(row.param.grad)
+    plan.stepper.norm(signals)
+    xp = plan.counters.math
+    factor = 1 if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
+    for scope, own in grads.items():
+        kinds = {(grad.device, grad.dtype == torch.float64) for grad in own}
+        norms = [xp.scalar(0)]
+        for device, double in kinds:
+            alike = [x for x in own if (x.device, x.dtype == torch.float64) == (device, double)]
+            dtype = torch.float64 if double else torch.float32
+            each = torch.stack(torch._foreach_norm(alike, 2, dtype=dtype))
+            norms.append(xp.scalar(torch.linalg.vector_norm(each.to(xp.dtype))))
+        plan.counters.squares[scope] = (torch.stack(norms) * factor).square().sum()
 
 
 @torch.no_grad()
@@ -212,10 +261,7 @@ def _gradient_misfit(p: Tensor, normed: bool) -> str | None:
     assert grad is not None
     # set by FSDP on what it shards: every rank would clip and skip by its own part
     if normed and getattr(p, "_fsdp_flattened", False):
-        return (
-            "a parameter sharded by FSDP has no gradient norm here: clip with FSDP's clip_grad_norm_, and "
-            "pass max_grad_norm=None and nonfinite='propagate'"
-        )
+        return _SHARDED
     for x, what in ((p, "a parameter"), (grad, "a gradient")):
         if type(x).__name__ == "DTensor":
             return f"{what} that is a DTensor is not supported: no norm over shards is defined here"

@@ -108,27 +108,13 @@ py::tuple report(const Stepper& stepper) {
     return py::make_tuple(listed(counters.k, groups), listed(counters.skips_in_row, groups), lr);
 }
 
-using Stage = void (Stepper::*)(const Inputs&);
-
 // gradients, rates: where an array of addresses (one per tensor) and one of doubles (one per group) begin
-template <Stage stage>
-void run(Stepper& stepper, uintptr_t gradients, uintptr_t rates, std::optional<double> grad_scale,
+void run(Stepper& stepper, int stages, uintptr_t gradients, uintptr_t rates, std::optional<double> grad_scale,
          bool found_inf, int threads) {
-    const Inputs inputs = {reinterpret_cast<const uintptr_t*>(gradients),
-                           reinterpret_cast<const double*>(rates),
-                           bool(grad_scale),
-                           grad_scale.value_or(1),
-                           found_inf,
-                           threads};
     const py::gil_scoped_release release;
-    (stepper.*stage)(inputs);
-}
-
-template <Stage stage>
-py::tuple run_and_report(Stepper& stepper, uintptr_t gradients, uintptr_t rates,
-                         std::optional<double> grad_scale, bool found_inf, int threads) {
-    run<stage>(stepper, gradients, rates, grad_scale, found_inf, threads);
-    return report(stepper);
+    stepper.run(stages,
+                {reinterpret_cast<const uintptr_t*>(gradients), reinterpret_cast<const double*>(rates),
+                 grad_scale ? 1 / *grad_scale : 1, found_inf, threads});
 }
 
 template <class R>
@@ -154,9 +140,10 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("state_types"), py::arg("sizes"), py::arg("p"), py::arg("states"), py::arg("t"),
              py::arg("groups"), py::arg("counts"), py::arg("used"), py::arg("squares"))
         .def("assign", &assign, py::arg("groups"), py::arg("scopes"))
-        .def("norm", &run<&Stepper::norm>)
-        .def("update", &run_and_report<&Stepper::update>)
-        .def("step", &run_and_report<&Stepper::step>);
+        .def("run", &run)
+        .def("report", &report);
+    module.attr("NORM") = int(kNorm);
+    module.attr("UPDATE") = int(kUpdate);
     module.def("isas", [] {
         std::vector<std::string> names;
         for (const Kernel* kernel : kernels()) names.push_back(kernel->name);

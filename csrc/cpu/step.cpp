@@ -64,45 +64,42 @@ void Stepper::assign(std::vector<Group> groups, std::vector<Scope> scopes) {
     norm_.resize(scopes_.size());
 }
 
-void Stepper::norm(const Inputs& inputs) { run(inputs, true, false); }
-
-void Stepper::update(const Inputs& inputs) { run(inputs, false, true); }
-
-void Stepper::step(const Inputs& inputs) { run(inputs, true, true); }
-
-void Stepper::run(const Inputs& inputs, bool norm, bool update) {
+void Stepper::run(int stages, const Inputs& inputs) {
     begin(inputs);
-    norm = norm && std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.normed(); });
-    const size_t chunks = chunks_.size();
+    const bool norm = (stages & kNorm) &&
+                      std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.normed(); });
+    const bool update = stages & kUpdate;
+    // a region of one thread costs nothing
+    const int team = elements_ >= kAlone ? inputs.threads : 1;
+    (void)team;
+#pragma omp parallel num_threads(team)
+    {
+        int64_t thread = 0, threads = 1;
 #ifdef _OPENMP
-    if (inputs.threads > 1 && elements_ >= kAlone) {
-        if (!norm) decide(inputs);
-#pragma omp parallel num_threads(inputs.threads)
-        {
-            const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-            const size_t begin = first_chunk(elements_ / team * thread);
-            const size_t end = thread + 1 == team ? chunks : first_chunk(elements_ / team * (thread + 1));
-            if (norm) {
-                square_chunks(inputs, begin, end);
+        thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#endif
+        const size_t first = first_chunk(elements_ / threads * thread);
+        const size_t last =
+            thread + 1 == threads ? chunks_.size() : first_chunk(elements_ / threads * (thread + 1));
+        for (size_t c = first; norm && c < last; ++c) {
+            Chunk& chunk = chunks_[c];
+            const uintptr_t gradient = inputs.gradients[chunk.row];
+            chunk.squares = 0;
+            if (gradient && normed(chunk))
+                chunk.squares = tensors_[chunk.row].sum_of_squares(span(chunk, gradient), inputs.unscale);
+        }
 #pragma omp barrier
 #pragma omp single
-                {
-                    add_squares();
-                    if (update) decide(inputs);
-                }
-            }
-            if (update) update_chunks(inputs, begin, end);
+        {
+            if (norm) add_squares();
+            if (update) decide(inputs);
         }
-        return;
+        for (size_t c = first; update && c < last; ++c) {
+            const Chunk& chunk = chunks_[c];
+            const Tensor& tensor = tensors_[chunk.row];
+            if (tensor.active) tensor.update(span(chunk, inputs.gradients[chunk.row]), tensor.scalars);
+        }
     }
-#endif
-    if (norm) {
-        square_chunks(inputs, 0, chunks);
-        add_squares();
-    }
-    if (!update) return;
-    decide(inputs);
-    update_chunks(inputs, 0, chunks);
 }
 
 // A scope makes the step if one of its tensors has a gradient, or if it always does.
@@ -147,7 +144,7 @@ void Stepper::decide(const Inputs& inputs) {
         }
         const double lr = group.schedule ? lr_at(j, counters_.k[j]) : inputs.rates[j];
         Scalars<double> s = {};
-        s.factor = inputs.unscale() * coef_[group.scope] * (group.maximize ? -1 : 1);
+        s.factor = inputs.unscale * coef_[group.scope] * (group.maximize ? -1 : 1);
         s.decay = lr * group.weight_decay;
         s.eps = group.eps;
         s.one_b1 = 1 - group.b1;
@@ -189,24 +186,6 @@ Span Stepper::span(const Chunk& chunk, uintptr_t gradient) const {
 size_t Stepper::first_chunk(int64_t element) const {
     const auto before = [](const Chunk& chunk, int64_t x) { return chunk.before < x; };
     return size_t(std::lower_bound(chunks_.begin(), chunks_.end(), element, before) - chunks_.begin());
-}
-
-void Stepper::square_chunks(const Inputs& inputs, size_t begin, size_t end) {
-    for (size_t c = begin; c < end; ++c) {
-        Chunk& chunk = chunks_[c];
-        const uintptr_t gradient = inputs.gradients[chunk.row];
-        chunk.squares = 0;
-        if (gradient && normed(chunk))
-            chunk.squares = tensors_[chunk.row].sum_of_squares(span(chunk, gradient), inputs.unscale());
-    }
-}
-
-void Stepper::update_chunks(const Inputs& inputs, size_t begin, size_t end) const {
-    for (size_t c = begin; c < end; ++c) {
-        const Chunk& chunk = chunks_[c];
-        const Tensor& tensor = tensors_[chunk.row];
-        if (tensor.active) tensor.update(span(chunk, inputs.gradients[chunk.row]), tensor.scalars);
-    }
 }
 
 }  // namespace fusedlr

@@ -50,13 +50,13 @@ struct Scope {
 struct Inputs {
     const uintptr_t* gradients;  // one address per row, 0 where there is no gradient
     const double* rates;         // one per group, used where it has no schedule
-    bool has_grad_scale;
-    double grad_scale;
+    double unscale;              // what multiplies every gradient
     bool found_inf;
     int threads;
-
-    double unscale() const { return has_grad_scale ? 1 / grad_scale : 1; }
 };
+
+// the stages that a call makes: the sums of squares of all scopes that need a norm, and all that follows
+enum Stages : int { kNorm = 1, kUpdate = 2 };
 
 // addresses of reference.Counters, each of shape (groups,), and of the scopes' sums of squares
 struct Counters {
@@ -77,12 +77,9 @@ class Stepper {
     // takes new options; groups must be as many as before
     void assign(std::vector<Group> groups, std::vector<Scope> scopes);
 
-    // writes the sums of squares of all scopes that need a norm
-    void norm(const Inputs& inputs);
-    // decides, evaluates the schedules, updates and counts, by the sums that norm has left
-    void update(const Inputs& inputs);
-    // both, in one parallel region
-    void step(const Inputs& inputs);
+    // Makes these stages, all in one parallel region. The update decides by the sums of squares that a norm
+    // has left, here or in an earlier call.
+    void run(int stages, const Inputs& inputs);
 
     size_t rows() const { return rows_.size(); }
     size_t groups() const { return groups_.size(); }
@@ -111,14 +108,11 @@ class Stepper {
     };
 
     void begin(const Inputs& inputs);
-    void decide(const Inputs& inputs);
     void add_squares();
-    void run(const Inputs& inputs, bool norm, bool update);
+    void decide(const Inputs& inputs);
     bool normed(const Chunk& chunk) const { return scopes_[groups_[rows_[chunk.row].group].scope].normed(); }
     Span span(const Chunk& chunk, uintptr_t gradient) const;
     size_t first_chunk(int64_t element) const;
-    void square_chunks(const Inputs& inputs, size_t begin, size_t end);
-    void update_chunks(const Inputs& inputs, size_t begin, size_t end) const;
 
     std::vector<Row> rows_;
     Counters counters_;

@@ -16,6 +16,8 @@ PYBIND11_MODULE(_host, module) {
         .def(py::init<const py::list&, const py::dict&, const py::list&, const py::tuple&>(),
              py::arg("groups"), py::arg("state"), py::arg("params"), py::arg("names"))
         .def("unchanged", &Watch::unchanged)
+        .def("remember_gradients", &Watch::remember_gradients)
+        .def("same_gradients", &Watch::same_gradients)
         .def("increment_versions", &Watch::increment_versions)
         .def("release", &Watch::release)
         .def_property_readonly("gradients", &Watch::gradients)

@@ -16,6 +16,7 @@ Torch::Torch() {
     grad_name = PyUnicode_InternFromString("grad");
     params_name = PyUnicode_InternFromString("params");
     lr_name = PyUnicode_InternFromString("lr");
+    version_name = PyUnicode_InternFromString("_version");
     const py::object capsule = py::getattr(py::handle(tensor), "__dlpack_c_exchange_api__", py::none());
     if (capsule.is_none()) return;
     const void* const api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");

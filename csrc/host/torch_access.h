@@ -15,7 +15,7 @@ struct Torch {
     PyObject* grad;                // its getter
     PyObject* is_neg;              // unbound method
     PyObject* increment_version;
-    PyObject *grad_name, *params_name, *lr_name;
+    PyObject *grad_name, *params_name, *lr_name, *version_name;
 
     Torch();
 

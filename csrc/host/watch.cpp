@@ -50,6 +50,7 @@ Watch::Watch(const py::list& groups, const py::dict& state, const py::list& para
         throw std::runtime_error("the state is not keyed by the parameters");
     gradients_.resize(rows_.size());
     rates_.resize(groups_.size());
+    current_.resize(rows_.size());
     alive_.reserve(rows_.size() * (2 + names_.size()));
 }
 
@@ -145,6 +146,7 @@ bool Watch::note_gradient(PyObject* param, int64_t index) {
     uintptr_t& before = gradients_[size_t(index)];
     presence_ += (before == 0) != (address == 0);
     before = address;
+    current_[size_t(index)] = address ? gradient.ptr() : nullptr;
     if (gradient.is_none()) return true;
     if (PyList_Append(written_.ptr(), param)) throw py::error_already_set();
     alive_.push_back(std::move(gradient));
@@ -170,6 +172,47 @@ bool Watch::same_state(PyObject* state) {
     return true;
 }
 
+int64_t Watch::version(PyObject* gradient) const {
+    PyObject* const value = PyObject_GetAttr(gradient, torch().version_name);
+    const int64_t version = value ? PyLong_AsLongLong(value) : -1;
+    Py_XDECREF(value);
+    if (version == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return version;
+}
+
+void Watch::remember_gradients() try {
+    remembered_.clear();
+    std::vector<Remembered> seen;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+        seen.push_back({{}, gradients_[i], 0});
+        if (!current_[i]) continue;
+        seen.back().reference = py::reinterpret_steal<py::object>(PyWeakref_NewRef(current_[i], nullptr));
+        if (!seen.back().reference) throw py::error_already_set();
+        seen.back().version = version(current_[i]);
+    }
+    remembered_ = std::move(seen);
+} catch (py::error_already_set& error) {
+    // torch counts no writes to a tensor made in inference mode: nothing is remembered then
+    if (!error.matches(PyExc_Exception)) throw;
+}
+
+bool Watch::same_gradients() const try {
+    if (remembered_.size() != rows_.size()) return false;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+        const Remembered& before = remembered_[i];
+        if (gradients_[i] != before.address) return false;
+        if (!current_[i]) continue;
+        // a live object has one reference of this kind, so another tensor at its address has another
+        const py::object now = py::reinterpret_steal<py::object>(PyWeakref_NewRef(current_[i], nullptr));
+        if (!now) throw py::error_already_set();
+        if (now.ptr() != before.reference.ptr() || version(current_[i]) != before.version) return false;
+    }
+    return true;
+} catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    return false;
+}
+
 void Watch::increment_versions() const {
     PyObject* const result = PyObject_CallOneArg(torch().increment_version, written_.ptr());
     if (!result) throw py::error_already_set();
@@ -178,6 +221,7 @@ void Watch::increment_versions() const {
 
 void Watch::release() {
     alive_.clear();
+    std::fill(current_.begin(), current_.end(), nullptr);
     if (written_) PyList_SetSlice(written_.ptr(), 0, PyList_GET_SIZE(written_.ptr()), nullptr);
 }
 

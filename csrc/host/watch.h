@@ -39,6 +39,12 @@ class Watch {
     // are noted. The tensors are kept alive from here until release.
     bool unchanged(const pybind11::object& groups, const pybind11::object& state);
 
+    // Until release: keeps in mind which gradients these are and how often they have been written to, and
+    // says later whether they are the same tensors at the same addresses and were not written to since. A
+    // write that torch does not count, as one through `.data`, is not seen.
+    void remember_gradients();
+    bool same_gradients() const;
+
     // tells autograd that the step writes to its parameters: a backward through older values then raises
     void increment_versions() const;
     // lets go of the tensors
@@ -69,12 +75,20 @@ class Watch {
         bool may_be_negated;
     };
 
+    // a gradient is held weakly, because it must be free to go with zero_grad
+    struct Remembered {
+        pybind11::object reference;  // null where there was no gradient
+        uintptr_t address;
+        int64_t version;
+    };
+
     Meta meta(PyObject* tensor);
     bool as_before(PyObject* tensor, const Meta& before, void** moved_to = nullptr) const;
     void add_row(PyObject* param, PyObject* entry);
     bool note_rate(size_t group, PyObject* object);
     bool note_gradient(PyObject* param, int64_t row);
     bool same_state(PyObject* state);
+    int64_t version(PyObject* gradient) const;
 
     std::vector<PyObject*> names_;  // interned, as long as the process lives
     std::vector<Group> groups_;
@@ -82,6 +96,8 @@ class Watch {
     std::vector<std::pair<PyObject*, int64_t>> state_;  // keys in order, and their rows
     std::vector<int64_t> extents_;                      // shapes and strides
     std::vector<uintptr_t> gradients_;
+    std::vector<PyObject*> current_;  // per row the gradient or null, between unchanged and release
+    std::vector<Remembered> remembered_;
     std::vector<double> rates_;
     int64_t presence_ = 0;
     std::vector<pybind11::object> alive_;

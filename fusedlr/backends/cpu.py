@@ -64,6 +64,7 @@ class CpuStepper:
         # kept, because the compiled stepper has their addresses
         self._counters = counters
         self._rates: list[tuple[int, Tensor]] = []
+        self._given_rates = array("d")
         self._groups: Sequence[GroupStep] = ()
         self._scopes: Sequence[Scope] = ()
         states = [row.state for row in rows]
@@ -93,32 +94,36 @@ class CpuStepper:
 
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        self._run(self._compiled.norm, signals)
+        self._compiled.run(compiled.cpu.NORM, *self._given(signals))
 
     def update(self, signals: Signals) -> Made:
         """Decide, update and count."""
         self._inputs.increment_versions()
-        return Made(*self._run(self._compiled.update, signals))
+        self._compiled.run(compiled.cpu.UPDATE, *self._given(signals))
+        return Made(*self._compiled.report())
 
     def step(self, signals: Signals) -> Made:
         """Both stages in one parallel region."""
         self._inputs.increment_versions()
-        return Made(*self._run(self._compiled.step, signals))
+        self._compiled.run(compiled.cpu.NORM | compiled.cpu.UPDATE, *self._given(signals))
+        return Made(*self._compiled.report())
 
     def active(self) -> list[bool]:
         """Per group whether its scope has made the last step."""
         active = reference.active_scopes(self._rows, self._groups, self._scopes)
         return [active[group.scope] for group in self._groups]
 
-    def _run(self, stage: Any, signals: Signals) -> Any:
+    def _given(self, signals: Signals) -> tuple[Any, ...]:
+        """What the compiled stages are given anew at every step."""
         inputs, rates = self._inputs, self._inputs.rates_at
         if self._rates:
-            given = array("d", inputs.rates)
+            # kept until the next step, because the stages are given its address
+            self._given_rates = array("d", inputs.rates)
             for i, lr in self._rates:
-                given[i] = lr.item()
-            rates = given.buffer_info()[0]
+                self._given_rates[i] = lr.item()
+            rates = self._given_rates.buffer_info()[0]
         scale, inf = signals.grad_scale, signals.found_inf
-        return stage(
+        return (
             inputs.gradients_at,
             rates,
             None if scale is None else float(scale),

@@ -65,9 +65,11 @@ class CopyingStepper:
         """Take new options."""
         self._groups, self._scopes = groups, scopes
 
+    @torch.no_grad()
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        self._run(lambda stepper: stepper.norm(signals))
+        _, stepper = self._on_copies()
+        stepper.norm(signals)
 
     def update(self, signals: Signals) -> Made | None:
         """Decide, update and count."""
@@ -81,8 +83,7 @@ class CopyingStepper:
         """Per group whether its scope has made the last step."""
         return self._active
 
-    @torch.no_grad()
-    def _run(self, stage: Callable[[Stepper], Made | None]) -> Made | None:
+    def _on_copies(self) -> tuple[list[Row], Stepper]:
         if capturing(self._counters.k.device):
             raise RuntimeError(
                 "the elements of a parameter, its gradient and its state do not lie in the same order: they "
@@ -92,6 +93,11 @@ class CopyingStepper:
         ordered = [in_order(row) for row in self._rows]
         stepper = self._make(ordered, self._counters, StepInputs(ordered, self._inputs.rates))
         stepper.assign(self._groups, self._scopes)
+        return ordered, stepper
+
+    @torch.no_grad()
+    def _run(self, stage: Callable[[Stepper], Made | None]) -> Made | None:
+        ordered, stepper = self._on_copies()
         made = stage(stepper)
         self._active = stepper.active()
         self._inputs.increment_versions()

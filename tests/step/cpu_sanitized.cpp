@@ -81,16 +81,16 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
     const std::vector<double> rates = {0, 0.1, 0.1};
     for (int i = 0; i < kSteps; ++i) {
         const std::vector<uintptr_t> missing(n);
-        const Inputs inputs = {gradients.data(), rates.data(), i % 2 == 0, 4.0, i == 3, threads};
+        const Inputs inputs = {gradients.data(), rates.data(), i % 2 ? 1 : 0.25, i == 3, threads};
         // every other step stage by stage
         if (i % 2) {
-            stepper.norm(inputs);
-            stepper.update(inputs);
+            stepper.run(kNorm, inputs);
+            stepper.run(kUpdate, inputs);
         } else {
-            stepper.step(inputs);
+            stepper.run(kNorm | kUpdate, inputs);
         }
         // a step without gradients reads and writes no tensor
-        if (!joint) stepper.step({missing.data(), rates.data(), false, 1, false, threads});
+        if (!joint) stepper.run(kNorm | kUpdate, {missing.data(), rates.data(), 1, false, threads});
     }
     if (k[0] != kSteps - 1 || k[1] != (joint ? kSteps - 1 : 0) || lr[0] != 0.1) std::abort();
 }
