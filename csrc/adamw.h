@@ -39,7 +39,10 @@ template <class R>
 FUSEDLR_HD void adamw(R& p, R g, R& m, R& v, R* v_max, const Scalars<R>& s) {
     g *= s.factor;
     p = p - s.decay * p;
-    m = m + (g - m) * s.one_b1;
+    // m + (g - m)(1 - b1), or g - (g - m) b1 where 1 - b1 is 0.5 or more: starting at m would lose a g that
+    // is small beside it. No branch, so that loops are vectorised; one_b1 - 1 is exact where it is used
+    const bool from_m = s.one_b1 < R(0.5);
+    m = (from_m ? m : g) + (g - m) * (from_m ? s.one_b1 : s.one_b1 - 1);
     v = s.b2 * v + (s.one_b2 * g) * g;
     R divisor = v;
     if (v_max) {

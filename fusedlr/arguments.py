@@ -9,11 +9,51 @@ from __future__ import annotations
 import argparse
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from numbers import Real
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+
+# The most steps that an argument may count. Sums of two, and the end of a schedule that has none, are still
+# exact in fp64.
+MOST_STEPS = 2**52
+
+# An error shows this much of a value: it is there to be found, not to fill the screen
+_MOST_SHOWN = 200
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, however long it is.
+
+    >>> len(shown(list(range(10**6))))
+    200
+    """
+    try:
+        text = repr(value)
+    # Python refuses to write out an integer of more than 4,300 digits
+    except ValueError:
+        return f"<an integer of {value.bit_length()} bits>"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 2]}.."
+
+
+def real(name: str, value: Any) -> float:
+    """A number of any type that `float` takes, tensors of one element included, else ValueError.
+
+    Texts and bools are refused, those of numpy and torch too: no argument is meant to be one of these.
+    """
+    # numpy and torch name the type of a value `dtype`
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or isinstance(value, (str, bytes, bytearray)) or _is_complex(value):
+        raise ValueError(f"{name}={shown(value)} is not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}={shown(value)} is too large") from None
+    # RuntimeError: a tensor of several elements, or without values as on the meta device
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={shown(value)} is not a number") from None
 
 
 def integer(name: str, value: Any) -> int:
@@ -22,34 +62,37 @@ def integer(name: str, value: Any) -> int:
     >>> integer("k", 3.0)
     3
     """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not an integer")
     try:
+        number = real(name, value)
+    except ValueError:
+        # an integer may be too large for a float
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name}={shown(value)} is not an integer") from None
+        return value
+    try:
+        # exact where a float of the same number is not
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}={value!r} is not an integer") from None
+        if not number.is_integer():
+            raise ValueError(f"{name}={shown(value)} is not an integer") from None
+        return int(number)
 
 
-def count(name: str, value: Any, at_least: int = 0) -> int:
-    """A whole number of at least `at_least`, else ValueError."""
+def count(name: str, value: Any, at_least: int = 0, at_most: int = MOST_STEPS) -> int:
+    """A whole number from `at_least` to `at_most`, else ValueError."""
     whole = integer(name, value)
     if whole < at_least:
-        raise ValueError(f"{name}={value!r} must be at least {at_least}")
+        raise ValueError(f"{name}={shown(value)} must be at least {at_least}")
+    if whole > at_most:
+        raise ValueError(f"{name}={shown(value)} must be at most {at_most}")
     return whole
 
 
 def non_negative(name: str, value: Any) -> float:
-    """A finite number >= 0 of any type that `float` takes, else ValueError; bools and texts are refused."""
-    if isinstance(value, (bool, str)):
-        raise ValueError(f"{name}={value!r} is not a number")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is not a number") from None
+    """A finite number >= 0 of any type that `real` takes, else ValueError."""
+    number = real(name, value)
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name}={value!r} must be a finite number >= 0")
+        raise ValueError(f"{name}={shown(value)} must be a finite number >= 0")
     return number
 
 
@@ -57,7 +100,7 @@ def positive(name: str, value: Any) -> float:
     """A finite number above 0, else ValueError."""
     number = non_negative(name, value)
     if number == 0:
-        raise ValueError(f"{name}={value!r} must be above 0")
+        raise ValueError(f"{name}={shown(value)} must be above 0")
     return number
 
 
@@ -65,22 +108,43 @@ def ratio(name: str, value: Any) -> float:
     """A number in [0, 1], else ValueError."""
     number = non_negative(name, value)
     if number > 1:
-        raise ValueError(f"{name}={value!r} must be a ratio in [0, 1]")
+        raise ValueError(f"{name}={shown(value)} must be a ratio in [0, 1]")
     return number
 
 
 def plain_number(name: str, value: Any, *, above_zero: bool = False) -> None:
     """A finite number of a type that is a number, >= 0 or above 0, else ValueError; tensors are refused."""
-    fits = isinstance(value, Real) and math.isfinite(value)
-    if not (fits and (float(value) > 0 if above_zero else float(value) >= 0)):
-        raise ValueError(f"{name}={value!r} must be a finite number {'above' if above_zero else '>='} 0")
+    number = real(name, value) if _is_plain(value) else math.nan
+    if not (math.isfinite(number) and (number > 0 if above_zero else number >= 0)):
+        limit = "above" if above_zero else ">="
+        raise ValueError(f"{name}={shown(value)} must be a finite number {limit} 0")
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, of numpy too, or 1 or 0; else ValueError: a text such as `"no"` is true to Python."""
+    is_bool = isinstance(value, (bool, int)) or str(getattr(value, "dtype", "")) == "bool"
+    if not is_bool or value not in (0, 1):
+        raise ValueError(f"{name}={shown(value)} must be True or False")
+    return bool(value)
+
+
+def ordered(name: str, values: Any, complaint: str = "is not a sequence") -> Iterator[Any]:
+    """The values one after the other, else ValueError; a set or a dict is in no order that means anything."""
+    try:
+        if not isinstance(values, (str, bytes, Mapping, Set)):
+            return iter(values)
+    # raised by a tensor without dimensions too
+    except TypeError:
+        pass
+    raise ValueError(f"{name}={shown(values)} {complaint}")
 
 
 def choice(name: str, value: _T, choices: Iterable[_T], show: Callable[[Any], str] = repr) -> _T:
     """One of `choices`, else ValueError, which lists them as `show` writes them."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown, expected one of {', '.join(map(show, choices))}")
+    # only values of a choice's type are compared: a tensor compares element by element
+    if not any(isinstance(value, type(one)) and value == one for one in choices):
+        raise ValueError(f"{name}={shown(value)} is unknown, expected one of {', '.join(map(show, choices))}")
     return value
 
 
@@ -125,10 +189,10 @@ def warmup_steps(value: Any, total_steps: int | None) -> int:
     >>> warmup_steps(0.03, 110)
     4
     """
-    # True is not below 1, so a bool is refused by `count`
-    if isinstance(value, Real) and 0 < float(value) < 1:
+    # `count` refuses what is no number
+    if _is_plain(value) and 0 < real("warmup_steps", value) < 1:
         if total_steps is None:
-            raise ValueError(f"warmup_steps={value!r} is a ratio and needs total_steps")
+            raise ValueError(f"warmup_steps={shown(value)} is a ratio and needs total_steps")
         return math.ceil(total_steps * float(value))
     return count("warmup_steps", value)
 
@@ -137,38 +201,64 @@ def max_grad_norm(value: Any) -> float | None:
     """None or a float above 0 (inf measures the norm and never clips), else ValueError."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise ValueError(f"max_grad_norm={value!r} must be a number above 0, or None for no clipping")
-    return float(value)
+    # a tensor would be read once, and not followed
+    number = real("max_grad_norm", value) if _is_plain(value) else math.nan
+    if not number > 0:
+        raise ValueError(f"max_grad_norm={shown(value)} must be a number above 0, or None for no clipping")
+    return number
 
 
 def betas(value: Any) -> tuple[float, float]:
-    """Two floats, else ValueError."""
-    try:
-        b1, b2 = (float(b) for b in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"betas={value!r} must be two numbers") from None
-    return b1, b2
+    """Two numbers in [0, 1) as floats, else ValueError."""
+    b1, b2 = kept_betas(value)
+    return float(b1), float(b2)
 
 
-def hyperparameters(group: dict[str, Any]) -> None:
-    """`lr`, `eps`, `weight_decay` and `betas` of a param group are in range, else ValueError."""
-    lr = group["lr"]
-    if _is_tensor(lr) and lr.numel() != 1:
-        raise ValueError(f"lr has shape {tuple(lr.shape)}, a tensor lr must have one element")
-    for name in ("lr", "eps", "weight_decay"):
+def kept_betas(value: Any) -> tuple[Any, Any]:
+    """Two numbers in [0, 1) as a param group keeps them: tensors as they are, to be read at every step."""
+    pair = tuple(ordered("betas", value, "must be two numbers"))
+    if len(pair) != 2:
+        raise ValueError(f"betas={shown(value)} must be two numbers")
+    for i, b in enumerate(pair):
+        try:
+            inside = 0 <= real(f"betas[{i}]", b) < 1
+        except ValueError:
+            raise ValueError(f"betas={shown(value)} must be two numbers") from None
+        if not inside:
+            raise ValueError(f"betas[{i}]={shown(b)} must be in [0, 1)")
+    return _kept(pair[0]), _kept(pair[1])
+
+
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """AdamW's options of a param group as it keeps them, and its peak where it has one; else ValueError.
+
+    Numbers become Python's own, so that a checkpoint holds nothing else; tensors, which steps read, stay.
+    """
+    checked: dict[str, Any] = {}
+    for name in ("lr", "initial_lr", "eps", "weight_decay"):
+        if name not in group:
+            continue
         value = group[name]
-        if not ((isinstance(value, Real) or _is_tensor(value)) and float(value) >= 0):
-            raise ValueError(f"{name}={value!r} must be a number >= 0")
-    for i, b in enumerate(betas(group["betas"])):
-        if not 0 <= b < 1:
-            raise ValueError(f"betas[{i}]={b!r} must be in [0, 1)")
+        if _is_tensor(value) and value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, a tensor {name} must have one element")
+        number = real(name, value) if _is_plain(value) or _is_tensor(value) else math.nan
+        if not number >= 0:
+            raise ValueError(f"{name}={shown(value)} must be a number >= 0")
+        if math.isinf(number):
+            raise ValueError(f"{name}={shown(value)} must be finite")
+        checked[name] = _kept(value)
+    if "betas" in group:
+        checked["betas"] = kept_betas(group["betas"])
+    checked.update((name, flag(name, group[name])) for name in ("amsgrad", "maximize") if name in group)
+    return checked
 
 
 def duplicates(params: list[Any]) -> None:
     """No parameter, named or not, is in the list twice, else ValueError."""
     seen: dict[int, int] = {}
     for i, item in enumerate(params):
+        if isinstance(item, tuple) and len(item) != 2:
+            raise ValueError(f"params[{i}]={shown(item)} is not a pair of a name and a parameter")
         p = item[1] if isinstance(item, tuple) else item
         if id(p) in seen:
             name = f" ({item[0]!r})" if isinstance(item, tuple) else ""
@@ -187,3 +277,16 @@ def one_element(name: str, value: Any) -> Any:
 
 def _is_tensor(value: Any) -> bool:
     return hasattr(value, "numel")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_complex(value: Any) -> bool:
+    # float() takes a complex tensor whose imaginary part is 0, and numpy's numbers with a warning
+    return isinstance(value, complex) or "complex" in str(getattr(value, "dtype", ""))
+
+
+def _kept(value: Any) -> Any:
+    return value if _is_tensor(value) or type(value) in (int, float) else float(value)

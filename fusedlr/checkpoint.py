@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedlr import arguments
 from fusedlr.columns import STATE
 from fusedlr.groups import OWN_KEYS, has_schedule, parameter_name
+from fusedlr.reference import is_fake
 from fusedlr.schedule import Schedule
 from fusedlr.step import State, dtype_of_state
 from fusedlr.warn import warn
@@ -195,6 +196,7 @@ def max_steps(groups: Groups, state: Mapping[Any, Any], *, joint: bool) -> list[
     largest = []
     for group in groups:
         steps = [state[p]["step"] for p in group["params"] if state.get(p) and "step" in state[p]]
+        steps = [step for step in steps if not is_fake(step)]
         largest.append(int(max(_numbers(steps), default=0)))
     return [max(largest, default=0)] * len(groups) if joint else largest
 
@@ -384,6 +386,8 @@ def _misfit(p: Tensor, entry: Any) -> str | None:
 
 
 def _step_misfit(step: Any) -> str | None:
+    if is_fake(step):
+        return None
     if isinstance(step, Tensor):
         if step.numel() != 1:
             return f"its loaded step has shape {tuple(step.shape)}, expected one element"

@@ -6,6 +6,7 @@ for `sync` and `read`, which checkpoints use.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedlr.groups import Notes, ParamGroup, check_rates, has_schedule
-from fusedlr.reference import Counters, Made, scalar_dtype
+from fusedlr.reference import Counters, Made, is_fake, scalar_dtype
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.warn import warn
 
@@ -211,6 +212,9 @@ class Counts:
     def refresh(self) -> None:
         """Take the last copy that has arrived and start the next one; never waits."""
         device = self.counters.k.device
+        if is_fake(self.counters.counts):
+            # a step without values is counted as made
+            return
         if device.type == "cpu":
             # every step does this, so metrics are left until they are asked for
             self.k, _, in_row, _ = self.counters.counts.tolist()
@@ -233,6 +237,9 @@ class Counts:
 
     def sync(self) -> None:
         """Read the counters now (waits for the device)."""
+        if is_fake(self.counters.counts):
+            self._know(self.k)
+            return
         values = _pack(self.counters).cpu()
         self._advances = [0] * values.shape[1]
         self._in_flight = None
@@ -247,7 +254,9 @@ class Counts:
 
     def place(self, k: Sequence[int]) -> None:
         """Put `k` onto the device (waits for it)."""
-        self.counters.k.copy_(torch.tensor(k, dtype=torch.int64, device="cpu"))
+        self.k = list(k)
+        if not is_fake(self.counters.k):
+            self.counters.k.copy_(torch.tensor(k, dtype=torch.int64, device="cpu"))
         self.sync()
 
     def go_to(self, groups: list[Any], k: list[int]) -> None:
@@ -298,11 +307,23 @@ class Counts:
             self.sync()
         return self._metrics
 
+    def _know(self, k: Sequence[int]) -> None:
+        """Show what the host has counted, where the device's counters have no values."""
+        n = len(self.counters.k)
+        self.k = [*k, *([0] * n)][:n]
+        self._advances, self._in_flight = [0] * n, None
+        self._metrics: dict[str, list[Any]] = {
+            "lr": [math.nan] * n,
+            "grad_norm": [math.nan] * n,
+            "coef": [1.0] * n,
+        }
+        self._metrics.update(skipped=[0] * n, step=list(self.k))
+
     def _take(self, values: Tensor, advances: list[int]) -> None:
         k, skipped, in_row, stale, lr, norm, coef = values.tolist()
         # steps counted here after the copy was started are not in it
         self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
-        self._metrics: dict[str, list[Any]] = {
+        self._metrics = {
             "lr": lr,
             "grad_norm": norm,
             "coef": coef,
@@ -367,7 +388,7 @@ class UpdateCounts:
         # parameters that are gone must not be kept alive here
         if len(params) != len(self._views) or not all(map(self._has_place, params)):
             self._views = _views(params)
-            self._places = {p: view.data_ptr() for p, view in self._views.items()}
+            self._places = {p: _address(view) for p, view in self._views.items()}
         for p in params:
             view, entry = self._views[p], state.get(p)
             if not entry or entry.get("step") is view:
@@ -386,7 +407,11 @@ class UpdateCounts:
         view = self._views.get(p)
         if view is None or view.device != p.device:
             return False
-        return view.data_ptr() == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
+        return _address(view) == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
+
+
+def _address(x: Tensor) -> int:
+    return 0 if is_fake(x) else x.data_ptr()
 
 
 def _views(params: Sequence[Tensor]) -> dict[Tensor, Tensor]:

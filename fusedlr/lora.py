@@ -17,7 +17,7 @@ _NO_DECAY = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta", "
 
 
 def param_groups(
-    model: nn.Module, *, lr: float, b_lr_ratio: float = 1.0, weight_decay: float = 0.01
+    model: nn.Module, *, lr: float, b_lr_ratio: float = 1.0, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Param groups of everything trainable in a PEFT model, for `FusedAdamW` or any torch optimizer.
 
@@ -30,11 +30,12 @@ def param_groups(
         model: a model with trainable LoRA adapters; frozen parameters are left out.
         lr: learning rate, >= 0; the peak when a schedule is used.
         b_lr_ratio: rate of the B matrices over that of the others, > 0; LoRA+ suggests up to 16.
-        weight_decay: decoupled decay of the groups that have any, >= 0.
+        weight_decay: decoupled decay of the groups that have any, >= 0; None leaves it to the optimizer's
+            own `weight_decay`, which a number here would overrule.
 
     Returns:
-        Non-empty dicts with `params`, `lr`, `weight_decay` and a `name`: `lora_A`, `lora_B` or `other`, with
-        `_no_decay` behind it where decay is off.
+        Non-empty dicts with `params`, `lr`, `weight_decay` where it is given or 0, and a `name`: `lora_A`,
+        `lora_B` or `other`, with `_no_decay` behind it where decay is off.
 
     Raises:
         ValueError: an argument is out of range, nothing is trainable, or no trainable LoRA matrix was found.
@@ -45,7 +46,8 @@ def param_groups(
     [('lora_A', 0.0001), ('lora_B', 0.0016)]
     """
     arguments.plain_number("lr", lr)
-    arguments.plain_number("weight_decay", weight_decay)
+    if weight_decay is not None:
+        arguments.plain_number("weight_decay", weight_decay)
     arguments.plain_number("b_lr_ratio", b_lr_ratio, above_zero=True)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     looked_for = f"looked for trainable parameters named {', '.join((*_A_NAMES, *_B_NAMES))}"
@@ -56,13 +58,14 @@ def param_groups(
     for name, p in trainable.items():
         kind = _kind(name)
         decays = _decays(model, name, p)
+        decay = weight_decay if decays else 0.0
         key = kind if decays else f"{kind}_no_decay"
         group = groups.setdefault(
             key,
             {
                 "params": [],
                 "lr": lr * b_lr_ratio if kind == "lora_B" else lr,
-                "weight_decay": weight_decay if decays else 0.0,
+                **({"weight_decay": decay} if decay is not None else {}),
                 "name": key,
             },
         )

@@ -29,7 +29,7 @@ from fusedlr.groups import (
     warn_absolute,
     warn_assigned,
 )
-from fusedlr.reference import Signals
+from fusedlr.reference import Signals, is_fake
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
 from fusedlr.step import (
@@ -125,7 +125,7 @@ class FusedAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if differentiable:
+        if arguments.flag("differentiable", differentiable):
             raise ValueError("differentiable=True is not supported: the step writes in place")
         arguments.choice("nonfinite", nonfinite, (None, "skip", "propagate"))
         arguments.choice("groups", groups, ("joint", "independent"))
@@ -136,14 +136,14 @@ class FusedAdamW(Optimizer):
             "max_grad_norm": arguments.max_grad_norm(max_grad_norm),
             "nonfinite": nonfinite,
             "groups": groups,
-            "amp_scaling": bool(amp_scaling),
+            "amp_scaling": arguments.flag("amp_scaling", amp_scaling),
             "state_dtype": state_dtype,
             "backend": backends.check_name(backend),
         }
         self._notes = Notes()
         defaults = {
             "lr": lr,
-            "betas": arguments.betas(betas),
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -154,7 +154,7 @@ class FusedAdamW(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        arguments.hyperparameters(defaults)
+        defaults.update(arguments.hyperparameters(defaults))
         super().__init__(params, defaults)
         self._start(k=[0] * len(self.param_groups))
         self._choose_backend(warn=False)
@@ -353,7 +353,8 @@ class FusedAdamW(Optimizer):
 
     def _is_capturing(self) -> bool:
         """Whether the step becomes part of a CUDA graph."""
-        return self._counts.counters.k.is_cuda and torch.cuda.is_current_stream_capturing()
+        k = self._counts.counters.k
+        return k.is_cuda and not is_fake(k) and torch.cuda.is_current_stream_capturing()
 
     def _check_capture(self) -> None:
         missing = sum(p.grad is None for p in self._trainable())
@@ -378,7 +379,8 @@ class FusedAdamW(Optimizer):
                     p.grad.detach_()
                 else:
                     p.grad.requires_grad_(False)
-                if p.grad.layout == torch.strided:
+                # the multi-tensor zero refuses views that negate or conjugate when they are read
+                if p.grad.layout == torch.strided and not (p.grad.is_neg() or p.grad.is_conj()):
                     grads.append(p.grad)
                 else:
                     p.grad.zero_()
@@ -403,16 +405,15 @@ class FusedAdamW(Optimizer):
         if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
             arguments.duplicates(group["params"])
-        arguments.hyperparameters({**self.defaults, **group})
-        if "betas" in group:
-            group["betas"] = arguments.betas(group["betas"])
+        checked = arguments.hyperparameters({**self.defaults, **group})
+        group.update((name, value) for name, value in checked.items() if name in group)
         if "max_grad_norm" in group:
             if self._joint:
                 raise ValueError(
                     f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
                     "joint groups share one norm"
                 )
-            arguments.max_grad_norm(group["max_grad_norm"])
+            group["max_grad_norm"] = arguments.max_grad_norm(group["max_grad_norm"])
         give_schedule(group, self._settings["schedule"], self.defaults["lr"])
         super().add_param_group(group)
         self.param_groups[-1] = ParamGroup(group, self._notes)
@@ -469,6 +470,7 @@ class FusedAdamW(Optimizer):
         own = [group["schedule"] for group in self.param_groups if has_schedule(group)]
         if not own:
             raise ValueError("no group has a schedule that could be extended")
+        total_steps = arguments.required_total_steps("extend_schedule", total_steps)
         now = max(schedule.total_steps or 0 for schedule in own)
         if total_steps < now:
             raise ValueError(f"total_steps={total_steps} is less than the schedule's {now}")
@@ -712,6 +714,9 @@ class FusedAdamW(Optimizer):
         return self._choose_backend(warn=False).name
 
     def _choose_backend(self, warn: bool = True) -> backends.Backend:
+        if any(is_fake(p) for group in self.param_groups for p in group["params"]):
+            # kernels need addresses
+            return backends.BACKENDS["reference"]
         devices = devices_of(self.param_groups)
         backend = backends.choose(self._settings["backend"], devices)
         fallback = backend.name == "reference" and backends.requested(self._settings["backend"])[0] == "auto"

@@ -38,6 +38,12 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, as under `FakeTensorMode`: nothing can be read from it."""
+    # by name: the module of FakeTensor is slow to import
+    return type(x).__name__ == "FakeTensor"
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One tensor of the step, whose gradient is `param.grad` or missing.
@@ -400,7 +406,8 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     if group.maximize:
         g = -g
     p = p - (lr * group.weight_decay).to(dtype) * p
-    m = m + (g - m) * (1 - b1)
+    # as torch.lerp: the form that starts at m would lose a g that is small beside it where b1 is small
+    m = m + (g - m) * (1 - b1) if 1 - b1 < 0.5 else g - (g - m) * b1
     # in this order, as torch: the square of a finite gradient may overflow
     v = b2 * v + ((1 - b2) * g) * g
     new = {"exp_avg": m, "exp_avg_sq": v}

@@ -20,10 +20,15 @@ from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Options, has_schedule, parameter_name
-from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper
+from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper, is_fake
 from fusedlr.warn import warn
 
 State = dict[Tensor, dict[str, Any]]
+# what a moment may be put in as; whole numbers are turned into floating point
+_MOMENTS = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
 
 _SHARDED = (
     "a parameter sharded by FSDP has no gradient norm here: clip with FSDP's clip_grad_norm_, and pass "
@@ -236,13 +241,17 @@ def _complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], dtype: to
     for name in names_of_state(group):
         if name not in entry:
             entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        # made under torch.inference_mode, and not to be written elsewhere
+        elif entry[name].is_inference():
+            entry[name] = entry[name].to(torch.promote_types(entry[name].dtype, dtype), copy=True)
         # a model made fp64 after its first step has fp32 moments
         elif entry[name].dtype != torch.promote_types(entry[name].dtype, dtype):
             entry[name] = entry[name].to(dtype)
 
 
 def _watch(groups: list[dict[str, Any]], state: State, rows: list[Row]) -> Watch:
-    if compiled.host is not None:
+    # the compiled watch looks at addresses
+    if compiled.host is not None and not any(is_fake(row.param) for row in rows):
         try:
             params = [row.param for row in rows]
             watch = compiled.host.Watch(groups, state, params, (*STATE, "step"))
@@ -281,11 +290,20 @@ def _gradient_misfit(p: Tensor, normed: bool) -> str | None:
         return "a parameter on the meta device has no numbers to update"
     for x, what in ((p, "the parameter"), (grad, "its gradient")):
         # FSDP leaves parameters whose storage has been freed
-        if type(x) in (Tensor, torch.nn.Parameter) and x.numel() and not x.data_ptr():
+        if _is_freed(x):
             return f"the memory of {what} has been freed"
-    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+    if _share_memory(p):
         return f"a parameter whose elements share memory, stride {p.stride()}, cannot be updated in place"
     return None
+
+
+def _share_memory(x: Tensor) -> bool:
+    """Whether elements of a tensor lie in one place, so that it cannot be updated."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+
+
+def _is_freed(x: Tensor) -> bool:
+    return bool(type(x) in (Tensor, torch.nn.Parameter) and x.numel() and not x.data_ptr())
 
 
 def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
@@ -302,6 +320,14 @@ def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
             return f"its {key} has shape {tuple(value.shape)} but the parameter has {tuple(p.shape)}"
         if value.device != p.device:
             return f"its {key} is on {value.device} but the parameter is on {p.device}"
+        if value.layout != torch.strided:
+            return f"its {key} is of layout {value.layout}, expected a dense tensor"
+        if value.dtype not in _MOMENTS:
+            return f"its {key} is {value.dtype}, expected a floating point number of 16 bits or more"
+        if _share_memory(value):
+            return f"its {key} has elements that share memory, stride {value.stride()}"
+        if _is_freed(value):
+            return f"the memory of its {key} has been freed"
     step = entry.get("step", 0) if entry else 0
     if isinstance(step, Tensor) and step.numel() != 1:
         return f"its step has shape {tuple(step.shape)}, expected one element"

@@ -97,6 +97,15 @@ CASES = (
         max_grad_norm=None,
     ),
     Case("beta-zero", (Group(((33, 7),)),), _cosine(), options={"betas": (0.0, 0.0)}),
+    # what is left of a spike in a moment of an update without memory
+    Case(
+        "spike",
+        (Group(((33, 7),)),),
+        _cosine(),
+        max_grad_norm=None,
+        options={"betas": (0.0, 0.0)},
+        grad_size=lambda k: 1.0 if k % 10 else 1e9,
+    ),
     Case("tiny-grads", (Group(((33, 7),)),), _cosine(), grad_size=lambda k: 1e-12),
     Case("large-grads", (Group(((33, 7),)),), _cosine(), grad_size=lambda k: 1e6),
     Case("clip-rarely", (Group(((33, 7),)),), _cosine(), max_grad_norm=15.0),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fusedlr import arguments
 from fusedlr.backends import cpu
 from fusedlr.backends.gpu import cuda, triton
 from fusedlr.reference import ReferenceStepper, Stepper
@@ -46,9 +47,7 @@ BACKENDS = {
 
 def check_name(name: str, source: str = "backend") -> str:
     """`name` if it is a backend or `auto`, else ValueError."""
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"{source}={name!r} is unknown, expected one of auto, {', '.join(BACKENDS)}")
-    return name
+    return arguments.choice(source, name, ("auto", *BACKENDS), show=str)
 
 
 def reasons(devices: Iterable[torch.device]) -> dict[str, str | None]:

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedlr.reference import Counters, GroupStep, Inputs, Made, Row, Scope, Signals, Stepper, capturing
+from fusedlr.reference import (
+    Counters,
+    GroupStep,
+    Inputs,
+    Made,
+    Row,
+    Scope,
+    Signals,
+    Stepper,
+    capturing,
+    is_fake,
+)
 
 
 class StepInputs:
@@ -43,6 +54,8 @@ class StepInputs:
 def address_of_gradient(row: Row) -> int:
     """The address of a row's gradient: 0 where there is none, another number where it has no elements."""
     grad = row.param.grad
+    if grad is not None and is_fake(grad):
+        return 1
     return 0 if grad is None else grad.data_ptr() or int(grad.numel() == 0)
 
 

@@ -12,17 +12,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, ParamSpec
 
 from fusedlr import arguments
-from fusedlr.schedule.phases import Absolute, Phase
+from fusedlr.schedule.phases import LAST_STEP, Absolute, Phase, fits_int64
 from fusedlr.schedule.schedule import Call, Schedule, shown
 
 _P = ParamSpec("_P")
 
-# the end of a phase that never ends (inverse square root): far above any step count, exact in fp64
-_FOREVER = 2**53
+# the end of a phase that never ends (inverse square root): no step count is above it
+_FOREVER = LAST_STEP
+# Cycles of growing length are a phase each, which kernels look through one after the other at every step.
+_MOST_CYCLES = 2**16
+# A table is kept in memory on the host and on every device: 128 MiB in fp64 at this length.
+_LONGEST_TABLE = 2**24
 
 # argument -> the line that documents it, for constructors whose own docstring does not
 SHARED = {
@@ -48,18 +52,24 @@ def constructor(build: Callable[_P, Schedule]) -> Callable[_P, Schedule]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> Schedule:
         schedule = build(*args, **kwargs)
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        # .item() turns numpy's and torch's numbers into Python's
-        written = [
-            f"{name}={value.item() if hasattr(value, 'item') else value!r}"
-            for name, value in given.items()
-            if value != parameters[name].default
-        ]
+        given = {name: _plain(x) for name, x in given.items()}
+        written = [f"{name}={value!r}" for name, value in given.items() if value != parameters[name].default]
         text = f"{build.__name__}({', '.join(written)})"
         return replace(schedule, call=Call(text, call, tuple(given.items())))
 
     call.__doc__ = _with_shared_arguments(build.__doc__, parameters)
     CONSTRUCTORS[build.__name__] = call
     return call
+
+
+def _plain(value: Any) -> Any:
+    """An argument as a literal: numbers of other types become Python's own. A tensor may be changed later."""
+    if type(value) in (int, float):
+        return value
+    if not hasattr(value, "__float__"):
+        return value
+    number = float(value)
+    return int(value) if number.is_integer() else number
 
 
 def _with_shared_arguments(doc: str | None, parameters: Mapping[str, Any]) -> str | None:
@@ -92,10 +102,22 @@ def _floor(min_lr_ratio: Any, min_lr: Any, required_by: str = "") -> float | Abs
     if required_by and min_lr_ratio is None and min_lr is None:
         raise ValueError(f"{required_by} needs one of min_lr_ratio (min_lr_rate in transformers) and min_lr")
     if min_lr_ratio is not None and min_lr is not None:
-        raise ValueError(f"min_lr_ratio={min_lr_ratio!r} and min_lr={min_lr!r} exclude each other")
+        both = f"min_lr_ratio={arguments.shown(min_lr_ratio)} and min_lr={arguments.shown(min_lr)}"
+        raise ValueError(f"{both} exclude each other")
     if min_lr is not None:
         return Absolute(arguments.non_negative("min_lr", min_lr))
     return 0.0 if min_lr_ratio is None else arguments.ratio("min_lr_ratio", min_lr_ratio)
+
+
+def _cycles(num_cycles: Any, steps: int, half_waves: int = 2) -> float:
+    """Waves over the decay, few enough that kernels can count `half_waves` of each at every step."""
+    cycles = arguments.positive("num_cycles", num_cycles)
+    if not fits_int64(int(half_waves * cycles), max(steps, 1)):
+        raise ValueError(
+            f"num_cycles={arguments.shown(num_cycles)} is too large over {steps} steps: their product is "
+            "counted in int64"
+        )
+    return cycles
 
 
 def _hold(begin: int, level: float | Absolute) -> Phase:
@@ -192,7 +214,7 @@ def cosine(
     [0.0, 0.5, 1.0, 0.55, 0.1]
     """
     warmup, total = _lengths("cosine", warmup_steps, total_steps)
-    cycles = arguments.positive("num_cycles", num_cycles)
+    cycles = _cycles(num_cycles, total - warmup)
     fall = _fall(warmup, total, _floor(min_lr_ratio, min_lr), "cosine", cycles)
     return Schedule((*_rise(warmup, warmup_from), fall), total)
 
@@ -221,22 +243,28 @@ def cosine_with_restarts(
     [1.0, 1.0, 0.0]
     """
     warmup, total = _lengths("cosine_with_restarts", warmup_steps, total_steps)
+    span = total - warmup
     cycles = arguments.count("num_cycles", num_cycles, at_least=1)
+    _cycles(cycles, span, half_waves=1)
     mult = arguments.positive("cycle_mult", cycle_mult)
     floor = _floor(min_lr_ratio, min_lr)
     phases = _rise(warmup, warmup_from)
-    span = total - warmup
     if span > 0 and mult == 1:
         phases.append(Phase(warmup, total, warmup, 1.0, floor, "restarts", cycles))
     elif span > 0:
+        if cycles > _MOST_CYCLES:
+            raise ValueError(
+                f"num_cycles={arguments.shown(num_cycles)} must be at most {_MOST_CYCLES} with "
+                f"cycle_mult={arguments.shown(cycle_mult)}"
+            )
         # lengths are in units of the longest cycle, so that no power of `mult` overflows
         longest = cycles - 1 if mult > 1 else 0
         ends = list(accumulate(mult ** (i - longest) for i in range(cycles)))
         edges = [warmup, *(warmup + round(span * end / ends[-1]) for end in ends)]
         if any(end <= begin for begin, end in pairwise(edges)):
             raise ValueError(
-                f"num_cycles={num_cycles!r} with cycle_mult={cycle_mult!r} leaves a cycle without an update "
-                f"in {span} steps"
+                f"num_cycles={arguments.shown(num_cycles)} with cycle_mult={arguments.shown(cycle_mult)} "
+                f"leaves a cycle without an update in {span} steps"
             )
         phases += [Phase(begin, end, begin, 1.0, floor, "cosine", 0.5) for begin, end in pairwise(edges)]
     # at its end a cycle jumps to the next one's peak; the hold makes the last cycle end at the floor instead
@@ -358,7 +386,7 @@ def cosine_warmup_with_min_lr(
     """
     warmup, total = _lengths("cosine_warmup_with_min_lr", warmup_steps, total_steps)
     floor = _floor(min_lr_ratio, min_lr, required_by="cosine_warmup_with_min_lr")
-    cycles = arguments.positive("num_cycles", num_cycles)
+    cycles = _cycles(num_cycles, total - warmup + 1)
     first = None if warmup_lr_rate is None else arguments.ratio("warmup_lr_rate", warmup_lr_rate)
     # update W-1 gets the peak and update T-1 the floor, so the phases count to their ends one step early
     phases = []
@@ -412,7 +440,7 @@ def warmup_stable_decay(
     warmup = arguments.warmup_steps(warmup_steps, total)
     stable = _stable_steps(warmup, stable_steps, decay, total)
     floor = arguments.ratio("min_lr_ratio", min_lr_ratio)
-    cycles = arguments.positive("num_cycles", num_cycles)
+    cycles = _cycles(num_cycles, decay)
     rise = _RISES[arguments.choice("warmup_type", warmup_type, _RISES, show=str)]
     fall = _FALLS[arguments.choice("decay_type", decay_type, _FALLS, show=str)]
     begin, end = warmup + stable, warmup + stable + decay
@@ -430,6 +458,7 @@ def warmup_stable_decay(
 def _stable_steps(warmup: int, stable_steps: Any, decay: int, total: int | None) -> int:
     """Updates at the peak, as given or what the run leaves."""
     if stable_steps is None:
+        arguments.count("warmup_steps plus decay_steps", warmup + decay)
         if total is None:
             raise ValueError("warmup_stable_decay needs total_steps or stable_steps")
         if total < warmup + decay:
@@ -439,7 +468,7 @@ def _stable_steps(warmup: int, stable_steps: Any, decay: int, total: int | None)
             )
         return total - warmup - decay
     stable = arguments.count("stable_steps", stable_steps)
-    length = warmup + stable + decay
+    length = arguments.count("warmup_steps plus stable_steps plus decay_steps", warmup + stable + decay)
     if length == 0:
         raise ValueError("warmup_steps=0, stable_steps=0 and decay_steps=0 leave no update")
     if total is not None and length != total:
@@ -460,20 +489,24 @@ def table(fn: Callable[[int], float] | Iterable[float], total_steps: int | None 
         total_steps: updates in the run, required for a function; for values, how many of them to use.
 
     Raises:
-        ValueError: a value is negative or not finite, or `total_steps` is missing or more than the values.
+        ValueError: `fn` is neither a function nor values in order, a value is negative or not finite, or
+            `total_steps` is missing or more than the values.
 
     >>> table(lambda k: 0.9**k, total_steps=100).lr_at(2)
     0.81
     """
     if callable(fn):
-        total = arguments.required_total_steps("table", total_steps)
+        total = table_length("table", total_steps)
         values = [fn(k) for k in range(total)]
     else:
-        values = list(fn)
-        total = len(values) if total_steps is None else arguments.required_total_steps("table", total_steps)
+        ordered = arguments.ordered("fn", fn, "is neither a function of the step nor values in order")
+        most = _LONGEST_TABLE + 1 if total_steps is None else table_length("table", total_steps)
+        # an iterator may have no end
+        values = list(islice(ordered, most))
+        total = len(values) if total_steps is None else most
         if not 0 < total <= len(values):
             raise ValueError(f"total_steps={total_steps!r} needs that many values, got {len(values)}")
-        values = values[:total]
+        table_length("table", total)
     numbers = tuple(arguments.non_negative(f"the value at step {k}", value) for k, value in enumerate(values))
     call = Call(f"table({shown(list(numbers))})")
     # a phase spans at least one step, so a table of one value is a constant
@@ -483,6 +516,12 @@ def table(fn: Callable[[int], float] | Iterable[float], total_steps: int | None 
 
 
 CONSTRUCTORS["table"] = table
+
+
+def table_length(caller: str, total_steps: Any) -> int:
+    """The number of values of a table, else ValueError; `caller` is what makes the table."""
+    total = arguments.required_total_steps(caller, total_steps)
+    return arguments.count("total_steps", total, at_least=1, at_most=_LONGEST_TABLE)
 
 
 def total_steps(
@@ -503,7 +542,10 @@ def total_steps(
     >>> total_steps(examples=10_000, batch_size=4, accumulation=8, epochs=3)
     939
     """
+    passes = arguments.positive("epochs", epochs)
     batches = -(-arguments.count("examples", examples, 1) // arguments.count("batch_size", batch_size, 1))
     per_process = -(-batches // arguments.count("world_size", world_size, 1))
     per_epoch = -(-per_process // arguments.count("accumulation", accumulation, 1))
-    return math.ceil(arguments.positive("epochs", epochs) * per_epoch)
+    if passes * per_epoch > arguments.MOST_STEPS:
+        raise ValueError(f"epochs={arguments.shown(epochs)} of {per_epoch} updates are too many to count")
+    return math.ceil(passes * per_epoch)

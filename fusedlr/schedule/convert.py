@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from numbers import Real
 from types import MethodType
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedlr import arguments
 from fusedlr.schedule import constructors as ours
+from fusedlr.schedule import fractional
 from fusedlr.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def from_hf(
 
     Args:
         name: a `SchedulerType` or its name, such as `cosine`.
-        num_warmup_steps: updates of warm-up; below 1 a share of the run.
+        num_warmup_steps: updates of warm-up. This and every other count may be a fraction, which is no share
+            of the run: 0.5 is half an update.
         num_training_steps: updates in the run.
         lr: peak learning rate, to resolve absolute levels (`min_lr`, `lr_end`) at once.
         **scheduler_specific_kwargs: as `get_scheduler` takes, such as `num_cycles` or `min_lr_rate`.
@@ -84,6 +86,8 @@ def from_hf(
     cosine(warmup_steps=200, total_steps=4000)
     """
     name = getattr(name, "value", name)
+    if not isinstance(name, str):
+        raise ValueError(f"name={arguments.shown(name)} is not a schedule of transformers: expected a name")
     if name in _METRIC_DRIVEN:
         raise ValueError(
             f"name={name!r} follows a metric, not the step: use FusedAdamW(schedule=None) with that scheduler"
@@ -104,15 +108,28 @@ def from_hf(
     if "total_steps" in parameters:
         given["total_steps"] = num_training_steps
     # a schedule's own arguments come in a dict of this name (get_scheduler) or one by one (TrainingArguments)
-    extras = scheduler_specific_kwargs.pop("scheduler_specific_kwargs", None) or {}
+    extras = scheduler_specific_kwargs.pop("scheduler_specific_kwargs", None)
+    extras = {} if extras is None else extras
+    if not isinstance(extras, Mapping):
+        raise ValueError(f"scheduler_specific_kwargs={arguments.shown(extras)} is not a dict")
     for key, value in {**extras, **scheduler_specific_kwargs}.items():
         if key in renamed:
             given[renamed[key]] = value
         elif name not in _IGNORES_EXTRAS:
             known = ", ".join(renamed) or "none"
-            raise ValueError(f"{key}={value!r} is not an argument of name={name!r}, which takes {known}")
-    schedule = constructor(**given)
-    return schedule if lr is None else schedule.resolve(lr)
+            shown = arguments.shown(value)
+            raise ValueError(f"{key}={shown} is not an argument of name={name!r}, which takes {known}")
+    # the peak of a schedule without absolute levels is checked too
+    peak = None if lr is None else arguments.non_negative("lr", lr)
+    if fractional.has_fractions(given):
+        theirs = {"warmup_steps": "num_warmup_steps", "total_steps": "num_training_steps"}
+        theirs.update((own, key) for key, own in renamed.items())
+        written = [f"{theirs[own]}={value!r}" for own, value in given.items() if value is not None]
+        schedule = fractional.build(constructor, given, f"from_hf({', '.join([repr(name), *written])})")
+    else:
+        # a whole number below 1 is 0, so no count is taken for a share of the run
+        schedule = constructor(**given)
+    return schedule if peak is None else schedule.resolve(peak)
 
 
 def knows_hf(name: str) -> bool:
@@ -121,7 +138,8 @@ def knows_hf(name: str) -> bool:
     >>> knows_hf("cosine"), knows_hf("reduce_lr_on_plateau")
     (True, False)
     """
-    return getattr(name, "value", name) in TRANSFORMERS
+    name = getattr(name, "value", name)
+    return isinstance(name, str) and name in TRANSFORMERS
 
 
 def from_torch(scheduler: LRScheduler, total_steps: int) -> Schedule:
@@ -147,10 +165,11 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> Schedule:
     import torch
 
     if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-        raise TypeError(f"scheduler={scheduler!r} is not a torch LRScheduler")
-    total = arguments.required_total_steps("from_torch", total_steps)
+        raise TypeError(f"scheduler={arguments.shown(scheduler)} is not a torch LRScheduler")
+    total = ours.table_length("from_torch", total_steps)
     for inner in _nested(scheduler):
         _refuse(inner)
+    _refuse_stepped(scheduler)
     driver = _copy(scheduler)
     groups = driver.optimizer.param_groups
     peaks = _peaks(driver)
@@ -171,7 +190,7 @@ def from_torch(scheduler: LRScheduler, total_steps: int) -> Schedule:
                 )
             values.append(ratios[0])
             if k + 1 < total:
-                driver.step()
+                _step(driver, k)
     return ours.table(values)
 
 
@@ -195,11 +214,33 @@ def _refuse(scheduler: LRScheduler) -> None:
             f"scheduler={name} also cycles momentum, which a learning rate schedule cannot: "
             "pass cycle_momentum=False"
         )
-    # a ChainedScheduler has no last_epoch; its inner schedulers have
-    if getattr(scheduler, "last_epoch", 0) > 0:
+
+
+def _refuse_stepped(scheduler: LRScheduler, in_sequence: bool = False) -> None:
+    """Raise for a scheduler that is not at its first step.
+
+    A SequentialLR steps its first part when it is made and takes that back from simple schedulers alone, so a
+    SequentialLR within it (`in_sequence`) is fresh where its last_epoch is above 0. A ChainedScheduler has no
+    last_epoch.
+    """
+    parts = getattr(scheduler, "_schedulers", ())
+    if getattr(scheduler, "last_epoch", 0) > 0 and not (parts and in_sequence):
         raise ValueError(
-            f"scheduler={name} has been stepped (last_epoch={scheduler.last_epoch}): pass a fresh one"
+            f"scheduler={type(scheduler).__name__} has been stepped (last_epoch={scheduler.last_epoch}): "
+            "pass a fresh one"
         )
+    for part in parts:
+        _refuse_stepped(part, in_sequence or hasattr(scheduler, "_milestones"))
+
+
+def _step(scheduler: LRScheduler, k: int) -> None:
+    try:
+        scheduler.step()
+    except NotImplementedError:
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} cannot make step {k + 1}: torch's SequentialLR takes "
+            "another SequentialLR or a ChainedScheduler as its first part only"
+        ) from None
 
 
 def _copy(scheduler: LRScheduler) -> LRScheduler:

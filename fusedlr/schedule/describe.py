@@ -84,7 +84,8 @@ def _warmup_steps(schedule: _Described) -> int:
     """Updates before the peak is first reached while the schedule rises from its first value."""
     first = schedule.phases[0]
     if first.shape == "table":
-        values = schedule.table
+        begin = int(first.shape_param)
+        values = schedule.table[begin : begin + first.end - first.origin + 1]
         top = values.index(max(values))
         return top if all(a <= b for a, b in pairwise(values[: top + 1])) else 0
     # an absolute level is a floor below the peak, so a first phase that has one falls

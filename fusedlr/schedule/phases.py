@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusedlr import arguments
+
 # the order is part of the format of `Schedule.to_numbers`, and of the kernels' phase rows
 SHAPES = (
     "constant",
@@ -24,6 +26,12 @@ SHAPES = (
     "1-sqrt-rise",
     "table",
 )
+# shapes that divide or raise by their parameter
+_SHAPES_WITH_PARAM = ("cosine", "restarts", "polynomial", "inverse_sqrt")
+# the last step that a phase may name: k is exact in fp64 up to here, and in int64 with room for products
+LAST_STEP = 2**53
+# kernels count in int64
+_INT64 = 2**63
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class Absolute:
 
     lr: float
     name: str = "min_lr"
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        object.__setattr__(self, "lr", arguments.non_negative(self.name, self.lr))
 
     def ratio(self, peak: float) -> float:
         """`lr / peak`, in [0, 1]; ValueError otherwise."""
@@ -58,6 +70,30 @@ class Phase:
     to: float | Absolute
     shape: str
     shape_param: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check that the phase can be evaluated at every step, in int64 too; a table is checked with it."""
+        arguments.choice("shape", self.shape, SHAPES, show=str)
+        for name in ("begin", "end", "origin"):
+            step = arguments.count(name, getattr(self, name), at_least=-LAST_STEP, at_most=LAST_STEP)
+            object.__setattr__(self, name, step)
+        if not self.origin <= self.begin <= self.end or self.end == self.origin:
+            raise ValueError(f"a phase needs origin <= begin <= end and origin < end, got {self}")
+        param = arguments.real("shape_param", self.shape_param)
+        if not math.isfinite(param) or (self.shape in _SHAPES_WITH_PARAM and not param > 0):
+            raise ValueError(f"shape_param={self.shape_param} must be above 0 in {self}")
+        if self.shape in ("restarts", "table") and not param.is_integer():
+            raise ValueError(f"shape_param={self.shape_param} must be a whole number in {self}")
+        object.__setattr__(self, "shape_param", param)
+        if not fits_int64(whole_and_rest(self)[0], self.end - self.origin):
+            raise ValueError(f"shape_param={param} times the steps of the phase exceeds int64 in {self}")
+        for name in ("from_", "to"):
+            level = getattr(self, name)
+            if not isinstance(level, Absolute):
+                level = arguments.real(name, level)
+                if not (math.isfinite(level) and level >= 0):
+                    raise ValueError(f"a level must be a finite ratio of the peak >= 0, got {self}")
+                object.__setattr__(self, name, level)
 
 
 class _Scalars:
@@ -126,6 +162,11 @@ def evaluate(phases: Sequence[Phase], k: Any, table: Sequence[float] = (), xp: A
         level = phase.from_ * w0 + phase.to * w1
         value = level if value is None else xp.where(k >= phase.begin, level, value)
     return value
+
+
+def fits_int64(whole: int, steps: int) -> bool:
+    """Whether `whole` waves, restarts or places in a table times `steps` can be counted in int64."""
+    return max(whole, 2) * steps < _INT64
 
 
 def whole_and_rest(phase: Phase) -> tuple[int, float]:

@@ -14,8 +14,8 @@ from fusedlr import arguments
 from fusedlr.schedule.describe import describe
 from fusedlr.schedule.phases import SHAPES, Absolute, Phase, evaluate
 
-# shapes that divide or raise by their parameter
-_SHAPES_WITH_PARAM = ("cosine", "restarts", "polynomial", "inverse_sqrt")
+# what `to_numbers` writes of every phase, in this order
+_COLUMNS = ("begin", "end", "origin", "from_", "to", "shape", "shape_param")
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,27 @@ class Schedule:
     call: Call | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check that the phases can be evaluated at every step."""
-        if not self.phases:
+        """Check that the phases, each of which is checked already, make a schedule with the table."""
+        phases = tuple(arguments.ordered("phases", self.phases))
+        for i, phase in enumerate(phases):
+            if not isinstance(phase, Phase):
+                raise ValueError(f"phases[{i}]={arguments.shown(phase)} is not a fusedlr.Phase")
+        if not phases:
             raise ValueError("phases=() is empty: a schedule needs at least one phase")
-        begins = [phase.begin for phase in self.phases]
+        begins = [phase.begin for phase in phases]
         if begins != sorted(set(begins)):
-            raise ValueError(f"phases must begin one after the other, got begin={begins}")
-        for phase in self.phases:
-            arguments.choice("shape", phase.shape, SHAPES, show=str)
-            if not phase.origin <= phase.begin <= phase.end or phase.end == phase.origin:
-                raise ValueError(f"a phase needs origin <= begin <= end and origin < end, got {phase}")
-            if phase.shape in _SHAPES_WITH_PARAM and not phase.shape_param > 0:
-                raise ValueError(f"shape_param={phase.shape_param} must be above 0 in {phase}")
-            for level in (phase.from_, phase.to):
-                if not isinstance(level, Absolute) and not (math.isfinite(level) and level >= 0):
-                    raise ValueError(f"a level must be a finite ratio of the peak >= 0, got {phase}")
-            last = int(phase.shape_param) + phase.end - phase.origin
-            if phase.shape == "table" and not 0 <= phase.shape_param <= last < len(self.table):
-                raise ValueError(f"table has {len(self.table)} values, too few for {phase}")
-        arguments.total_steps(self.total_steps)
+            raise ValueError(f"phases must begin one after the other, got begin={arguments.shown(begins)}")
+        table = self.table
+        # every copy of a schedule comes here, and a table may be long
+        if not (type(table) is tuple and all(type(x) is float and 0 <= x < math.inf for x in table)):
+            values = enumerate(arguments.ordered("table", table))
+            table = tuple(arguments.non_negative(f"table[{i}]", value) for i, value in values)
+        for phase in phases:
+            if phase.shape == "table":
+                _check_table(phase, table)
+        object.__setattr__(self, "phases", phases)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "total_steps", arguments.total_steps(self.total_steps))
 
     def __repr__(self) -> str:
         """The call that builds it; the values of a long table are left out."""
@@ -121,10 +123,11 @@ class Schedule:
         """The same schedule with every absolute level turned into a ratio of `peak`.
 
         Raises:
-            ValueError: a level is above `peak`.
+            ValueError: a level is above `peak`, or `peak` is not a rate.
         """
         if not self._is_absolute:
             return self
+        peak = arguments.real("peak", peak)
 
         def ratio(level: float | Absolute) -> float:
             return level.ratio(peak) if isinstance(level, Absolute) else level
@@ -163,8 +166,11 @@ class Schedule:
 
         Args:
             peak: peak learning rate; without it rates are given as a share of the peak.
+
+        Raises:
+            ValueError: `peak` is negative or not finite.
         """
-        return describe(self, peak)
+        return describe(self, None if peak is None else arguments.non_negative("peak", peak))
 
     def to_numbers(self) -> list[float]:
         """Plain numbers in a flat list, for checkpoints: number of phases, run length or -1, phases, table.
@@ -184,22 +190,52 @@ class Schedule:
     def from_numbers(numbers: Sequence[float]) -> Schedule:
         """The schedule that `to_numbers` wrote; it no longer knows its call.
 
+        Every number is held to what the constructors accept: the list may come from a file of a stranger.
+
         Raises:
-            ValueError: the list is not such a list.
+            ValueError: the list is not such a list; names the entry.
         """
         try:
-            count, total = int(numbers[0]), int(numbers[1])
-            rows = [numbers[2 + 7 * i : 9 + 7 * i] for i in range(count)]
-            phases = tuple(
-                Phase(
-                    int(begin), int(end), int(origin), float(f), float(to), SHAPES[int(shape)], float(param)
-                )
-                for begin, end, origin, f, to, shape, param in rows
-            )
-            table = tuple(float(value) for value in numbers[2 + 7 * count :])
-        except (IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"not a schedule in numbers: {error} in {list(numbers)[:9]}...") from error
-        return Schedule(phases, None if total < 0 else total, table)
+            return _from_numbers(numbers)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a schedule in numbers: {error}") from error
+
+
+def _from_numbers(numbers: Any) -> Schedule:
+    """See `Schedule.from_numbers`: the list comes from a file and may say anything."""
+    width = len(_COLUMNS)
+    if not isinstance(numbers, (list, tuple)) or len(numbers) < 2 + width:
+        raise ValueError(f"{arguments.shown(numbers)} is not a list of at least {2 + width} numbers")
+    # the list bounds the number of phases, whatever it says of it
+    count = arguments.count("numbers[0], the number of phases,", numbers[0], 1, (len(numbers) - 2) // width)
+    total = arguments.count("numbers[1], total_steps,", numbers[1], -1)
+    phases = []
+    for i in range(count):
+        first = 2 + width * i
+        row = dict(zip(_COLUMNS, numbers[first : first + width], strict=True))
+        place = f"numbers[{first + _COLUMNS.index('shape')}], shape of phase {i},"
+        row["shape"] = SHAPES[arguments.count(place, row["shape"], 0, len(SHAPES) - 1)]
+        try:
+            phases.append(Phase(**row))
+        except ValueError as error:
+            raise ValueError(f"numbers[{first}:{first + width}], phase {i}: {error}") from error
+    return Schedule(tuple(phases), None if total < 0 else total, tuple(numbers[2 + width * count :]))
+
+
+def _check_table(phase: Phase, table: tuple[float, ...]) -> None:
+    """The table has a value for every step of the phase, and none that gives a negative rate."""
+    first = int(phase.shape_param)
+    last = first + phase.end - phase.origin
+    if not 0 <= first <= last < len(table):
+        raise ValueError(f"table has {len(table)} values, too few for {phase}")
+    # from_ + (to - from_)*w1 falls below 0 where from_ is the larger and w1 is above 1
+    if phase.from_ == 0:
+        return
+    most = max(table[first : last + 1])
+    levels = [level.lr if isinstance(level, Absolute) else level for level in (phase.from_, phase.to)]
+    mixed = isinstance(phase.from_, Absolute) != isinstance(phase.to, Absolute)
+    if most > 1 and (mixed or levels[0] + (levels[1] - levels[0]) * most < 0):
+        raise ValueError(f"table has a value of {most}, which gives a negative rate in {phase}")
 
 
 def shown(values: Sequence[float]) -> str:
@@ -211,6 +247,6 @@ def check_schedule(value: Any) -> None:
     """None or a `Schedule`, else TypeError."""
     if value is not None and not isinstance(value, Schedule):
         raise TypeError(
-            f"schedule={value!r} is not a fusedlr.Schedule: build one with fusedlr.cosine(...), "
-            "fusedlr.from_hf(...) or fusedlr.from_torch(...)"
+            f"schedule={arguments.shown(value)} is not a fusedlr.Schedule: build one with "
+            "fusedlr.cosine(...), fusedlr.from_hf(...) or fusedlr.from_torch(...)"
         )

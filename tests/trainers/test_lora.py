@@ -81,6 +81,19 @@ def test_without_a_ratio_all_learn_alike():
     assert {group["lr"] for group in param_groups(model, lr=LR)} == {LR}
 
 
+def test_decay_that_is_not_given_is_the_optimizers():
+    model = adapted(lora_bias=True)
+    optimizer = fusedlr.FusedAdamW(param_groups(model, lr=LR), lr=LR, weight_decay=0.3)
+    assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {
+        "lora_A": 0.3,
+        "lora_B": 0.3,
+        "lora_B_no_decay": 0.0,
+    }
+    # one that is given wins, as any option of a group does
+    optimizer = fusedlr.FusedAdamW(param_groups(model, lr=LR, weight_decay=0.2), lr=LR, weight_decay=0.3)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
 def test_dora_magnitudes_do_not_decay():
     model = adapted(use_dora=True)
     where = placed(model, groups_of(model))

@@ -25,6 +25,10 @@ EDITS = {
     "decay without the rate": ("(lr * group.weight_decay).to(dtype) * p", "group.weight_decay * p"),
     "decay at the peak": ("(lr * group.weight_decay)", "(lr * 0 + group.peak * group.weight_decay)"),
     "betas swapped": ("b1, b2 = group.betas", "b2, b1 = group.betas"),
+    "small b1 loses a small gradient": (
+        "m = m + (g - m) * (1 - b1) if 1 - b1 < 0.5 else g - (g - m) * b1",
+        "m = m + (g - m) * (1 - b1)",
+    ),
     "second moment of the mean": ("((1 - b2) * g) * g", "((1 - b2) * g) * m"),
     "maximize ignored": ("if group.maximize:", "if False:"),
     "amsgrad forgets": ('torch.maximum(_compute(state["max_exp_avg_sq"]), v)', "v"),

@@ -105,7 +105,9 @@ def adamw(p, g, m, v, v_max, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, o
     """`reference.adamw_` on one element; `v_max`, its largest v so far, is below 0 without amsgrad."""
     g = g * factor
     p = p - decay * p
-    m = m + (g - m) * one_b1
+    # as reference.adamw_: the form that starts at m would lose a g that is small beside it; the last
+    # difference is exact there
+    m = tl.where(one_b1 < 0.5, m + (g - m) * one_b1, g - (g - m) * (1 - one_b1))
     # in this order, as torch: the square of a finite gradient may overflow
     v = b2 * v + (one_b2 * g) * g
     # as torch.maximum: nan wins

@@ -1,0 +1,59 @@
+"""Construction, steps and state under FakeTensorMode: shapes without values, through the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import fusedlr
+
+OPTIONS = {
+    "plain": {},
+    "schedule and clipping": {"schedule": fusedlr.cosine(2, 20), "max_grad_norm": 1.0},
+    "table": {"schedule": fusedlr.table([1.0, 0.5, 0.25])},
+    "independent": {"groups": "independent", "max_grad_norm": 1.0, "amsgrad": True},
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_without_values_has_the_shapes_and_rates_of_a_real_one(name, backend):
+    def run(n):
+        params = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))]
+        optimizer = fusedlr.FusedAdamW(params, lr=0.1, backend=backend, **OPTIONS[name])
+        rates = []
+        for _ in range(n):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.scheduler.step()
+        return optimizer, rates
+
+    def shapes(state_dict):
+        return {
+            i: {key: (tuple(value.shape), value.dtype) for key, value in entry.items()}
+            for i, entry in state_dict["state"].items()
+        }
+
+    real, want = run(3)
+    state, steps = shapes(real.state_dict()), real.metrics()["step"].shape
+    with FakeTensorMode():
+        fake, rates = run(3)
+        assert fake.backend == "reference"
+        assert repr(fake)
+        state_dict = fake.state_dict()
+        assert shapes(state_dict) == state
+        assert fake.metrics()["step"].shape == steps
+        assert fake.last_metrics()["step"] == [3]
+        fake.load_state_dict(state_dict)
+        added = nn.Parameter(torch.ones(2))
+        added.grad = torch.ones(2)
+        fake.add_param_group({"params": [added]})
+        fake.step()
+        assert len(fake.last_metrics()["step"]) == 2
+    assert rates == want
