@@ -44,6 +44,16 @@ def _sizes(*shapes: Any, dtype: torch.dtype = F32, **more: Any) -> Callable[[Mak
     return lambda make: [{"params": [make(shape, dtype) for shape in shapes], **more}]
 
 
+def _both_betas(
+    *shapes: Any, dtype: torch.dtype = F32, **more: Any
+) -> Callable[[Make], list[dict[str, Any]]]:
+    """The sizes twice: compilers may make two loops of the two forms of the first moment."""
+    return lambda make: [
+        {"params": [make(shape, dtype) for shape in shapes], "betas": betas, **more}
+        for betas in ((0.9, 0.999), (0.4, 0.999))
+    ]
+
+
 CLIP = {"max_grad_norm": 1.0}
 # around the ends of tiles and chunks, for both backends
 SIZES = (1, 3, 1023, 4095, 4096, 4097, 10000, 0)
@@ -59,11 +69,11 @@ def _types() -> None:
             if state and dtype == F32:
                 continue
             options = {**CLIP, "state_dtype": state}
-            plain, amsgrad = _sizes(*SIZES, dtype=dtype), _sizes(*SIZES, dtype=dtype, amsgrad=True)
+            plain, amsgrad = _sizes(*SIZES, dtype=dtype), _both_betas(*SIZES, dtype=dtype, amsgrad=True)
             GPU_CASES[tag] = GpuCase(plain, options)
             GPU_CASES[f"{tag}, amsgrad"] = GpuCase(amsgrad, options)
             GPU_CASES[f"{tag}, gradients off alignment"] = GpuCase(plain, options, grad_offset=1)
-            tails = _sizes(*TAILS, dtype=dtype)
+            tails = _both_betas(*TAILS, dtype=dtype)
             GPU_CASES[f"{tag}, tails"] = GpuCase(tails, {**options, "max_grad_norm": 0.5}, steps=2)
         sizes = _sizes(5, 4099, 8192, dtype=dtype, amsgrad=True)
         GPU_CASES[f"{name}, parameters off alignment"] = GpuCase(sizes, CLIP, param_offset=3)
@@ -71,8 +81,15 @@ def _types() -> None:
 
 _types()
 GPU_CASES |= {
-    "fp32, gradients off by 8 bytes": GpuCase(_sizes(5, 4096, 5000), CLIP, grad_offset=2),
-    "bf16, gradients off by 8 bytes": GpuCase(_sizes(5, 4096, 5000, dtype=BF16), CLIP, grad_offset=4),
+    # off what wide accesses need, and on what half of one would
+    "fp32, gradients off by 8 bytes": GpuCase(_both_betas(5, 4096, 5000), CLIP, grad_offset=2),
+    "bf16, gradients off by 8 bytes": GpuCase(_both_betas(5, 4096, 5000, dtype=BF16), CLIP, grad_offset=4),
+    "fp32, amsgrad, gradients off by 8 bytes": GpuCase(
+        _both_betas(5, 4096, 5000, amsgrad=True), CLIP, grad_offset=2
+    ),
+    "bf16, 16-bit moments, gradients off by 8 bytes": GpuCase(
+        _both_betas(5, 4096, 5000, dtype=BF16), {**CLIP, "state_dtype": "param"}, grad_offset=4
+    ),
     "maximize": GpuCase(_sizes(5, 5000, maximize=True), CLIP),
     "no clipping": GpuCase(_sizes(*SIZES)),
     "no clipping, no schedule": GpuCase(_sizes(3, 4097), {"schedule": None, "lr": 0.02}),
@@ -262,10 +279,13 @@ def _after(updates: int) -> Before:
 
 
 def _many(count: int, *more: int, **limits: float) -> Callable[[Make], list[dict[str, Any]]]:
-    return lambda make: [
-        {"params": [make(1 + i % 3, BF16 if i % 9 == 8 else F32) for i in range(n)], **limits}
-        for n in (count, *more)
-    ]
+    return lambda make: [{"params": [make(1 + i % 3) for i in range(n)], **limits} for n in (count, *more)]
+
+
+def _of_all_types(amsgrad: bool) -> Callable[[Make], list[dict[str, Any]]]:
+    """One gradient more than the smaller launch of CUDA carries."""
+    dtypes = F32, BF16, F16
+    return lambda make: [{"params": [make(1 + i % 5, dtypes[i % 3]) for i in range(494)], "amsgrad": amsgrad}]
 
 
 def _nan_of_one_group(optimizer: Any, k: int, params: list[Tensor]) -> None:
@@ -276,15 +296,31 @@ def _nan_of_one_group(optimizer: Any, k: int, params: list[Tensor]) -> None:
 GPU_CASES |= {
     "gradients in another order": GpuCase(_sizes((40, 60), (3, 5)), CLIP, 3, _transpose),
     "one gradient for two": GpuCase(_sizes(50, 50), CLIP, 3, _share_a_gradient),
-    # as many addresses as the smaller launch of CUDA carries, one more, and more than the larger one does
+    # as many addresses as the smaller launch of CUDA carries, and more than the larger one does
     "493 gradients": GpuCase(_many(493), CLIP, 1, large=True),
-    "494 gradients": GpuCase(_many(494), CLIP, 2, large=True),
     "4100 gradients": GpuCase(_many(4100), CLIP, 1, large=True),
     # more slots in a scope than a block adds up in one round
     "2200 gradients, independent": GpuCase(
         _many(1050, 1150, max_grad_norm=0.1), {"groups": "independent"}, 1, large=True
     ),
-    # more than a block has threads
+    **{
+        f"494 gradients{', amsgrad' * amsgrad}{', 16-bit moments' if state else ''}": GpuCase(
+            _of_all_types(amsgrad), {**CLIP, "state_dtype": state}, 1, large=True
+        )
+        for amsgrad in (False, True)
+        for state in (None, "param")
+    },
+    # scopes that end anywhere in a round of lanes, and more chunks than a round of unrolled loads
+    "scopes of many chunks": GpuCase(
+        _many(276, 148, max_grad_norm=0.1), {"groups": "independent"}, 2, large=True
+    ),
+    **{f"{n} groups": GpuCase(_many(*range(1, n + 1)), CLIP, 2) for n in (2, 3, 4)},
+    # more than a block has threads, of as many tensors as the smaller launch of CUDA carries
+    "300 groups": GpuCase(_many(*[1] * 300), {**CLIP, "lr": 0.003}, 2, large=True),
+    "300 groups, independent": GpuCase(
+        _many(*[1] * 300, max_grad_norm=0.1), {"groups": "independent"}, 1, large=True
+    ),
+    # and more than the smaller one carries
     "600 groups": GpuCase(
         lambda make: [{"params": [make(1 + i % 3)], "lr": 0.001 * (1 + i)} for i in range(600)],
         {"schedule": None, **CLIP},

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from gpu.cases import BF16, F32
 from schedule import schedule_parity
 from schedule.schedule_zoo import PEAK, ZOO
 
@@ -180,20 +182,27 @@ class Checks:
         self.progress("stale launches")
         for arch in driver.ARCHS:
             for clip in (None, 1.0):
-                self.driver.use(arch)
-                self.driver.machine.order("shuffled", 3)
-                self.found.cases += 1
-                self._note(f"sm_{arch} stale launches, clipping {clip}", self.stale_launches(clip))
+                for dtype, options in ((F32, {}), (F32, {"amsgrad": True}), (BF16, {"state_dtype": "param"})):
+                    self.driver.use(arch)
+                    self.driver.machine.order("shuffled", 3)
+                    self.found.cases += 1
+                    where = f"sm_{arch} stale launches, {dtype}, {options}, clipping {clip}"
+                    self._note(where, self.stale_launches(dtype, {**options, "max_grad_norm": clip}))
 
-    def stale_launches(self, clip: float | None) -> str | None:
+    def stale_launches(self, dtype: torch.dtype, options: dict[str, Any]) -> str | None:
         """What is wrong with three launches of a layout that is out of date, in words."""
         generator = torch.Generator().manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (5, 4097)]
-        params.append(torch.nn.Parameter(torch.randn(9, generator=generator).bfloat16()))
+
+        def draw(size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(dtype)
+
+        # two buckets, the first of this type
+        kinds = ((5, dtype), (4097, dtype), (9, torch.float16))
+        params = [torch.nn.Parameter(draw(*kind)) for kind in kinds]
         groups = [{"params": params[:1]}, {"params": params[1:]}]
-        optimizer = fusedlr.FusedAdamW(groups, lr=0.1, backend=self.backend, max_grad_norm=clip)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer = fusedlr.FusedAdamW(groups, lr=0.1, backend=self.backend, **options)
+        for p, kind in zip(params, kinds, strict=True):
+            p.grad = draw(*kind)
         optimizer.step()
         before = Outcome.of(params, optimizer)
         self.driver.launch_outdated(times=3)
@@ -224,25 +233,31 @@ class Checks:
             self.driver.use(arch)
 
     def caught(self, fault: faults.Fault) -> list[str]:
-        """What a case says of a planted fault: in the first order in which it says something."""
-        case = cases.all_cases()[fault.case]
+        """What the cases say of a planted fault: the first in the first order in which one says something."""
         harmless = Counter(self.found.harmless)
         self.driver.use(fault.arch, fault.edit)
         try:
-            for seed, order in enumerate(("straight", "torn", "shuffled", "backwards")):
-                self.driver.machine.order(order, seed)
-                self.driver.take_reports()
-                try:
-                    mismatch = cases.leaves_reference(case.run(self.backend, False), case)
-                except Exception as error:
-                    mismatch = str(error)
-                kinds = {line.split(":")[0] for line in self._reports()}
-                if kinds or mismatch is not None:
-                    return [*sorted(kinds), *(["mismatch"] if mismatch is not None else [])]
+            for case in fault.cases or (None,):
+                for seed, order in enumerate(("straight", "torn", "shuffled", "backwards")):
+                    self.driver.machine.order(order, seed)
+                    self.driver.take_reports()
+                    try:
+                        mismatch = self._outcome_of(fault, case)
+                    except Exception as error:
+                        mismatch = str(error)
+                    kinds = {line.split(":")[0] for line in self._reports()}
+                    if kinds or mismatch is not None:
+                        return [*sorted(kinds), *(["mismatch"] if mismatch is not None else [])]
             return []
         finally:
             self.found.harmless = harmless
             self.driver.use(fault.arch)
+
+    def _outcome_of(self, fault: faults.Fault, name: str | None) -> str | None:
+        if name is None:
+            return self.stale_launches(*fault.kernel.stale)
+        case = cases.all_cases()[name]
+        return cases.leaves_reference(case.run(self.backend, False), case)
 
 
 def run(backend: str, parts: list[str], only: str, triton: Path | None) -> Findings:

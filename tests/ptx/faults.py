@@ -9,21 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu.cases import BF16, CLIP, F32
 
 from . import driver
 
 # a kernel's PTX, before and after
 Change = Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One mistake in one kernel for one architecture, and the case that shows it."""
-
-    name: str
-    arch: int
-    case: str
-    edit: driver.Edit
 
 
 @dataclass(frozen=True)
@@ -34,17 +28,35 @@ class Kernel:
     text: str
     case: str
     tails: str
-    off_alignment: str  # by 8 bytes or fewer, where 16 are needed
+    off_alignment: str  # by 8 bytes, where 16 are needed
+    stale: tuple[torch.dtype, dict[str, Any]]  # type and options with which it makes the first launch
     symbol: str = r"\w+"  # among the kernels of the text
 
 
-_FP32 = "fp32", "fp32, tails", "fp32, gradients off by 8 bytes"
-_TOPS = "fp32, amsgrad", "fp32, amsgrad", "fp32, parameters off alignment"
-_BF16 = "bf16", "bf16, tails", "bf16, gradients off by 8 bytes"
+@dataclass(frozen=True)
+class Fault:
+    """One mistake in one kernel for one architecture, and the cases that show it: none for a stale launch."""
+
+    name: str
+    kernel: Kernel
+    arch: int
+    cases: tuple[str, ...]
+    edit: driver.Edit
+
+
+_FP32 = "fp32", "fp32, tails", "fp32, gradients off by 8 bytes", (F32, CLIP)
+_TOPS = (
+    "fp32, amsgrad",
+    "fp32, amsgrad",
+    "fp32, amsgrad, gradients off by 8 bytes",
+    (F32, {**CLIP, "amsgrad": True}),
+)
+_BF16 = "bf16", "bf16, tails", "bf16, gradients off by 8 bytes", (BF16, CLIP)
 _SMALL = (
     "bf16, 16-bit moments",
     "bf16, 16-bit moments, tails",
-    "bf16, 16-bit moments, gradients off alignment",
+    "bf16, 16-bit moments, gradients off by 8 bytes",
+    (BF16, {**CLIP, "state_dtype": "param"}),
 )
 KERNELS = {
     "cuda": (
@@ -115,43 +127,78 @@ def _swapped(text: str) -> str:
     return text[:start] + tail
 
 
-def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, str, Change]]:
-    """What goes wrong, the case that shows it, and the change of the kernel's text."""
+def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tuple[str, ...], Change]]:
+    """What goes wrong, the cases that show it, and the change of the kernel's text."""
     # barriers that nothing stands between are one
     groups = len(re.findall(rf"(?:{_BARRIER}\s*(?://.*\s*|\$L__tmp\d+:\s*|\.loc.*\s*)*)+", text))
     group = rf"(?:{_BARRIER}\s*(?://.*\s*|\$L__tmp\d+:\s*|\.loc.*\s*)*)+"
     for n in range(groups):
-        yield f"barrier {n + 1} of {groups} left out", kernel.case, put(group, "\n", n)
+        # what counts stale launches is the only code with a barrier before the alignment is looked at
+        early = backend == "triton" and kernel.name.startswith("step") and n == 0
+        yield f"barrier {n + 1} of {groups} left out", () if early else (kernel.case,), put(group, "\n", n)
     if backend == "cuda":
-        yield "no fence before the ticket", kernel.case, put(_FENCE, "")
-        yield "no fence behind the last ticket", kernel.case, put(_FENCE, "", 1)
-        yield "a fence of the block's scope", kernel.case, put(_FENCE, "membar.cta;")
-        yield "a ticket of the block's scope", kernel.case, put(r"atom\.global\.add", "atom.global.cta.add")
+        yield "no fence before the ticket", (kernel.case,), put(_FENCE, "")
+        yield "no fence behind the last ticket", (kernel.case,), put(_FENCE, "", 1)
+        yield "a fence of the block's scope", (kernel.case,), put(_FENCE, "membar.cta;")
+        yield (
+            "a ticket of the block's scope",
+            (kernel.case,),
+            put(r"atom\.global\.add", "atom.global.cta.add"),
+        )
     else:
         for weaker in ("gpu.relaxed", "gpu.acquire", "gpu.release", "cta.acq_rel"):
             name = f"a ticket that is {weaker} instead of gpu.acq_rel"
-            yield name, kernel.case, put(r"atom\.global\.gpu\.acq_rel", f"atom.global.{weaker}")
+            yield name, (kernel.case,), put(r"atom\.global\.gpu\.acq_rel", f"atom.global.{weaker}")
     yield (
         "the ticket is not handed back",
-        kernel.case,
+        (kernel.case,),
         put(r"(@%p\d+\s+)?st\.global\.[ub]32\s[^;]*;", "", 0, _TICKET),
     )
     one_less = put(r"(add\.s32\s+%r\d+, %r\d+,) -1;", r"\1 -2;", 0, _TICKET)
-    yield "one block too few is waited for", kernel.case, one_less
-    yield "8 bytes are taken for aligned", kernel.off_alignment, put(_ALIGNMENT, r"\1 7;")
-    bounds = len(re.findall(_BOUND, text))
-    for n in range(bounds):
-        yield f"bound {n + 1} of {bounds} off by one", kernel.tails, put(_BOUND, _off_by_one, n)
+    yield "one block too few is waited for", (kernel.case,), one_less
+    yield "8 bytes are taken for aligned", (kernel.off_alignment,), put(_ALIGNMENT, r"\1 7;")
+    yield from _bounds(backend, kernel, text)
     if kernel.name.startswith("norm"):
         square = r"mul\.(?:rn\.)?f32(\s+%\w+), (%\w+), \2;"
-        yield "a gradient that is not squared", kernel.case, put(square, r"mov.b32\1, \2;")
+        yield "a gradient that is not squared", (kernel.case,), put(square, r"mov.b32\1, \2;")
         return
-    yield "no root of the sum of squares", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32")
-    yield "counters change places", "skips", _swapped
-    yield "a root left out of the update", kernel.case, put(r"sqrt\.rn\.f32", "mov.b32", 0, _ALIGNMENT)
-    yield "a quotient made a product", kernel.case, put(r"div\.rn\.f32", "mul.rn.f32", 0, _ALIGNMENT)
+    yield "no root of the sum of squares", (kernel.case,), put(r"sqrt\.rn\.f32", "mov.b32")
+    yield "counters change places", (kernel.case,), _swapped
+    yield "a root left out of the update", (kernel.case,), put(r"sqrt\.rn\.f32", "mov.b32", 0, _ALIGNMENT)
+    yield "a quotient made a product", (kernel.case,), put(r"div\.rn\.f32", "mul.rn.f32", 0, _ALIGNMENT)
     wide = r"(st(?:\.global)?\.v\d\.\w+\s+\[\s*%rd\d+)(?:\s*\+\s*(-?\d+))?\s*\]"
-    yield "a wide store 4 bytes off", kernel.case, put(wide, _4_bytes_on, 0, _ALIGNMENT)
+    yield "a wide store 4 bytes off", (kernel.case,), put(wide, _4_bytes_on, 0, _ALIGNMENT)
+
+
+def _bounds(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tuple[str, ...], Change]]:
+    """Bounds off by one: of elements one by one, of what the last block counts all at once.
+
+    Not those of phases, as most schedules are continuous where they meet.
+    """
+    found = list(re.finditer(_BOUND, text))
+    start = 0 if kernel.name.startswith("norm") else re.search(_ALIGNMENT, text).end()  # type: ignore[union-attr]
+    if backend == "cuda":
+        barriers = [barrier.start() for barrier in re.finditer(_BARRIER, text)]
+        # of the norm's sum, and of the update
+        stop = barriers[0] if kernel.name.startswith("norm") else barriers[-1]
+        counted = re.compile(_BOUND)
+    else:
+        # loops over elements have 64 bits; a tile without elements, which `le` lets in, is masked as a whole
+        stop = len(text)
+        found = [bound for bound in found if bound[0].startswith("setp.gt.s64")]
+        counted = re.compile(r"setp\.(lt)(\.s(?:32|64)\s+%p\d+, %rd?\d+, %rd?\d+;)")
+    for n, bound in enumerate(bound for bound in found if start < bound.start() < stop):
+        yield f"bound {n + 1} of elements off by one", (kernel.tails, kernel.off_alignment), _at(bound)
+    behind = stop if backend == "cuda" else re.search(_TICKET, text).end()  # type: ignore[union-attr]
+    yield (
+        "a slot, group or tensor too many at the end",
+        (kernel.case,),
+        lambda text: text[:behind] + counted.sub(_off_by_one, text[behind:]),
+    )
+
+
+def _at(bound: re.Match[str]) -> Change:
+    return lambda text: text[: bound.start()] + _off_by_one(bound) + text[bound.end() :]
 
 
 def _inside(text: str, symbol: str) -> tuple[int, int]:
@@ -170,13 +217,14 @@ def planted(texts: Callable[[int], driver.Texts], backend: str) -> Iterator[Faul
             text = texts(arch)[kernel.text]
             begin, end = _inside(text, kernel.symbol)
             own = text[begin:end]
-            for name, case, change in list(_changes(backend, kernel, own))[i :: len(driver.ARCHS)]:
+            for name, cases, change in list(_changes(backend, kernel, own))[i :: len(driver.ARCHS)]:
                 try:
                     wrong = text[:begin] + change(own) + text[end:]
                 except NotThereError as error:
                     raise NotThereError(f"{kernel.name}, sm_{arch}: {name}: no {error}") from None
+                assert wrong != text, name
 
                 def edit(name: str, text: str, put: str = wrong, where: str = kernel.text) -> str:
                     return put if name == where else text
 
-                yield Fault(f"{kernel.name}, sm_{arch}: {name}", arch, case, edit)
+                yield Fault(f"{kernel.name}, sm_{arch}: {name}", kernel, arch, cases, edit)

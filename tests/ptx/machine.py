@@ -133,7 +133,8 @@ class Machine:
     def coverage(self) -> dict[str, tuple[int, int]]:
         """By kernel: how many of its instructions have run in some launch, and how many it has."""
         lines = self._library.machine_coverage().decode().splitlines()
-        return {name: (int(ran), int(all_)) for name, ran, all_ in map(str.split, lines)}
+        split = (line.rsplit(" ", 2) for line in lines)
+        return {name: (int(ran), int(every)) for name, ran, every in split}
 
     def stats(self) -> Stats:
         """What has been run."""

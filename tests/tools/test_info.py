@@ -11,6 +11,7 @@ import torch
 import fusedlr
 from fusedlr import backends, cli
 from fusedlr.backends import compiled
+from fusedlr.backends.gpu import triton
 
 
 def test_it_names_versions_devices_and_reasons():
@@ -26,6 +27,7 @@ def test_it_names_versions_devices_and_reasons():
 @pytest.mark.parametrize("name", ["triton", "no such backend"])
 def test_a_backend_that_cannot_run_is_reported(name, monkeypatch):
     monkeypatch.setenv("FUSEDLR_BACKEND", name)
+    monkeypatch.setattr(triton, "_why_not_on", lambda device: "Triton cannot be imported")
     text = cli.info()
     assert f"\nFUSEDLR_BACKEND={name}\n" in text
     assert f"on cpu: no backend: FUSEDLR_BACKEND={name!r} " in text

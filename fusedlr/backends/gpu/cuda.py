@@ -99,6 +99,7 @@ class CudaStepper:
         self._in_table = len(rows) > compiled.cuda.most_gradients
         self._launcher: Any = None
         self._launcher_for: Arguments | None = None
+        self._new: NewArguments | None = None
 
     def assign(self, groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> None:
         """Take new options."""
@@ -106,39 +107,37 @@ class CudaStepper:
 
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        launcher, new = self._current(signals)
+        launcher, given = self._current(signals)
         with self._arguments:
-            launcher.norm(*self._addresses(new))
+            launcher.norm(*given)
 
     def update(self, signals: Signals) -> None:
         """Decide, update and count."""
         self._inputs.increment_versions()
-        launcher, new = self._current(signals)
+        launcher, given = self._current(signals)
         with self._arguments:
-            launcher.update(*self._addresses(new))
+            launcher.update(*given)
 
     def step(self, signals: Signals) -> None:
         """Both stages in one call."""
         self._inputs.increment_versions()
-        launcher, new = self._current(signals)
+        launcher, given = self._current(signals)
         with self._arguments:
-            launcher.step(*self._addresses(new))
+            launcher.step(*given)
 
     def active(self) -> list[bool]:
         """Per group whether its scope has made the last step."""
         return self._arguments.active_groups
 
-    def _current(self, signals: Signals) -> tuple[Any, NewArguments]:
-        """The launcher for the step under way, and what the caller keeps alive until it has launched."""
+    def _current(self, signals: Signals) -> tuple[Any, tuple[int, ...]]:
+        """The launcher for the step under way, and what its calls are given."""
         arguments = self._arguments.current()
         if arguments is not self._launcher_for:
             self._launcher = launcher(arguments, table=self._in_table, load=not capturing(self._device))
             self._launcher_for = arguments
-        return self._launcher, self._arguments.new(signals, table=self._in_table)
-
-    def _addresses(self, new: NewArguments) -> tuple[int, ...]:
-        """What the launcher's calls are given."""
-        return (
+        # kept until the next step, because the launches are given addresses alone
+        self._new = new = self._arguments.new(signals, table=self._in_table)
+        return self._launcher, (
             self._inputs.gradients_at if new.gradients is None else new.gradients.data_ptr(),
             new.active.data_ptr(),
             new.grad_scale.data_ptr(),

@@ -9,12 +9,16 @@
 
 namespace {
 
+// of warps in a launch: several times what the largest of the suite takes
+constexpr long kMostInstructions = 40 * 1000 * 1000;
+
 // One launch, from the first block to the last.
 struct Machine {
     std::vector<std::unique_ptr<Block>> pool,
         resident;  // those whose memory can be used again, and those that run
     std::vector<Warp*> ready;
     int dynamic_shared = 0;  // bytes
+    const long last_instruction = stats.instructions + kMostInstructions;
 
     void start(u32 id) {
         std::unique_ptr<Block> b;
@@ -444,7 +448,7 @@ struct Machine {
         while (budget-- > 0) {
             if (pc >= stop_at) break;
             const Instruction& i = running->code[size_t(pc)];
-            ++stats.instructions;
+            if (++stats.instructions > last_instruction) throw std::runtime_error("the kernel does not end");
             running->ran[size_t(pc)] = 1;
             u32 m = mask;
             if (i.pred >= 0) {
