@@ -308,6 +308,28 @@ def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: A
     group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
 
 
+def lengthen(groups: Sequence[Any], default: Schedule | None, total_steps: int) -> Schedule | None:
+    """Give every schedule of the groups more steps; returns that of groups that are added later.
+
+    Raises:
+        ValueError: no group has a schedule, one has no rule for more steps, or it is longer already. Nothing
+            has been changed then.
+    """
+    own = [group["schedule"] for group in groups if has_schedule(group)]
+    if not own:
+        raise ValueError("no group has a schedule that could be extended")
+    total_steps = arguments.required_total_steps("extend_schedule", total_steps)
+    now = max(schedule.total_steps or 0 for schedule in own)
+    if total_steps < now:
+        raise ValueError(f"total_steps={total_steps} is less than the schedule's {now}")
+    longer = iter([schedule.with_total_steps(total_steps) for schedule in own])
+    default = None if default is None else default.with_total_steps(total_steps)
+    for group in groups:
+        if has_schedule(group):
+            group.set_quietly("schedule", next(longer))
+    return default
+
+
 def check_rates(*rates: Any) -> None:
     """No rate that a schedule is to drive is a tensor, else ValueError."""
     for lr in rates:

@@ -25,6 +25,7 @@ from fusedlr.groups import (
     check_rates,
     give_schedule,
     has_schedule,
+    lengthen,
     skips_nonfinite,
     warn_absolute,
     warn_assigned,
@@ -35,10 +36,12 @@ from fusedlr.scheduler import ScheduleView
 from fusedlr.step import (
     Plan,
     allocate,
+    check_capture,
     device_of,
     devices_of,
     is_allocated,
     measure,
+    only_allocates,
     prepare,
     warn_parts,
 )
@@ -216,7 +219,7 @@ class FusedAdamW(Optimizer):
                         # the state has been allocated, which was all that this step was for
                         return loss
                     if self._is_capturing():
-                        self._check_capture()
+                        check_capture(self.param_groups)
                     if measured is plan and signals is _NO_SIGNALS and plan.watch.same_gradients():
                         made = plan.stepper.update(signals)
                     else:
@@ -284,17 +287,15 @@ class FusedAdamW(Optimizer):
         # what is not a number raises here, before any group has been updated
         options = self._new_options()
         arguments = self.param_groups, self.state, options, self._updates, self._settings["state_dtype"]
-        if may_only_allocate and self._only_allocates():
+        if may_only_allocate and only_allocates(self.param_groups, self.state, self._notes):
             allocate(*arguments)
             self._notes.clear()
             self._notes.changed = True
             return None
-        if self._is_capturing() and not is_allocated(
-            self.param_groups, self.state, self._updates, self._settings["state_dtype"]
-        ):
+        groups, state, _, updates, state_dtype = arguments
+        if self._is_capturing() and not is_allocated(groups, state, updates, state_dtype):
             # tensors allocated while a CUDA graph is captured have no values until it is replayed
             raise RuntimeError(_ALLOCATE_BEFORE_CAPTURE)
-        groups, state, _, updates, state_dtype = arguments
         self._plan = prepare(groups, state, options, self._counts, updates, backend, state_dtype)
         self._options = options
         return self._plan
@@ -310,31 +311,6 @@ class FusedAdamW(Optimizer):
         # taken anew for the next step, if a schedule then takes over again or a value may change in place
         self._notes.changed = bool(options.overruled) or not options.kept
         return options
-
-    def _only_allocates(self) -> bool:
-        """Whether this is the step at lr 0 that checkpoint tools make to have the state allocated.
-
-        They assign that rate, which a warm-up from 0 shows already, and nothing else, and their gradients are
-        zero. These are looked at, which waits for a GPU, only if all the rest is so.
-        """
-        notes, groups = self._notes, self.param_groups
-        assigned = notes.lr_assigned if notes.others_assigned else notes.lr_assigned | notes.lr_written_back
-        assigned_0 = len(groups) > 0 and all(
-            id(group) in assigned
-            and has_schedule(group)
-            and not isinstance(group["lr"], Tensor)
-            and group["lr"] == 0
-            for group in groups
-        )
-        return (
-            assigned_0
-            and not self.state
-            and not any(
-                p.grad is not None and (p.grad.layout != torch.strided or bool(p.grad.any()))
-                for group in groups
-                for p in group["params"]
-            )
-        )
 
     def _after_step(self, plan: Plan, made: Any) -> None:
         """Show the rate just used in `group["lr"]` and count the step on the host."""
@@ -355,14 +331,6 @@ class FusedAdamW(Optimizer):
         """Whether the step becomes part of a CUDA graph."""
         k = self._counts.counters.k
         return k.is_cuda and not is_fake(k) and torch.cuda.is_current_stream_capturing()
-
-    def _check_capture(self) -> None:
-        missing = sum(p.grad is None for p in self._trainable())
-        if missing:
-            raise RuntimeError(
-                f"{missing} parameters have no gradient while a CUDA graph is being captured: a replay would "
-                "never update them. Call zero_grad(set_to_none=False) before the capture"
-            )
 
     @eager
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -467,20 +435,7 @@ class FusedAdamW(Optimizer):
         linear(total_steps=20)
         """
         self._counts.adopt(self.param_groups)
-        own = [group["schedule"] for group in self.param_groups if has_schedule(group)]
-        if not own:
-            raise ValueError("no group has a schedule that could be extended")
-        total_steps = arguments.required_total_steps("extend_schedule", total_steps)
-        now = max(schedule.total_steps or 0 for schedule in own)
-        if total_steps < now:
-            raise ValueError(f"total_steps={total_steps} is less than the schedule's {now}")
-        longer = iter([schedule.with_total_steps(total_steps) for schedule in own])
-        # groups that are added later get the longer one too
-        if self._settings["schedule"] is not None:
-            self._settings["schedule"] = self._settings["schedule"].with_total_steps(total_steps)
-        for group in self.param_groups:
-            if has_schedule(group):
-                group.set_quietly("schedule", next(longer))
+        self._settings["schedule"] = lengthen(self.param_groups, self._settings["schedule"], total_steps)
         self._notes.changed = True
         # a rate that shows the next step is another one now; a rate that was used stays
         counts = self._counts
@@ -570,9 +525,6 @@ class FusedAdamW(Optimizer):
         if self._joint:
             return {k: list(v) if k in ("lr", "step") else v[0] for k, v in values.items()}
         return {name: list(value) for name, value in values.items()}
-
-    def _trainable(self) -> Iterable[Tensor]:
-        return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; groups with a schedule also carry it in plain numbers, with their step count.

@@ -19,7 +19,7 @@ from fusedlr.backends import Backend, compiled
 from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
-from fusedlr.groups import Options, has_schedule, parameter_name
+from fusedlr.groups import Notes, Options, has_schedule, parameter_name
 from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper, is_fake
 from fusedlr.warn import warn
 
@@ -181,6 +181,41 @@ def is_allocated(
         for group in groups
         for p in candidates([group], state)
     )
+
+
+def only_allocates(groups: list[dict[str, Any]], state: State, notes: Notes) -> bool:
+    """Whether this is the step at lr 0 that checkpoint tools make to have the state allocated.
+
+    They assign that rate, which a warm-up from 0 shows already, and nothing else, and their gradients are
+    zero. These are looked at, which waits for a GPU, only if all the rest is so.
+    """
+    assigned = notes.lr_assigned if notes.others_assigned else notes.lr_assigned | notes.lr_written_back
+    assigned_0 = len(groups) > 0 and all(
+        id(group) in assigned
+        and has_schedule(group)
+        and not isinstance(group["lr"], Tensor)
+        and group["lr"] == 0
+        for group in groups
+    )
+    return (
+        assigned_0
+        and not state
+        and not any(
+            p.grad is not None and (p.grad.layout != torch.strided or bool(p.grad.any()))
+            for group in groups
+            for p in group["params"]
+        )
+    )
+
+
+def check_capture(groups: list[dict[str, Any]]) -> None:
+    """Every trainable parameter has a gradient that a captured step can read, else RuntimeError."""
+    missing = sum(p.requires_grad and p.grad is None for group in groups for p in group["params"])
+    if missing:
+        raise RuntimeError(
+            f"{missing} parameters have no gradient while a CUDA graph is being captured: a replay would "
+            "never update them. Call zero_grad(set_to_none=False) before the capture"
+        )
 
 
 def warn_parts(before: Plan, groups: list[dict[str, Any]]) -> bool:

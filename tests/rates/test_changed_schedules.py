@@ -82,10 +82,12 @@ def test_a_stock_schedule_that_disagrees_is_reported_in_words(tmp_path):
 
 def test_a_stock_schedule_that_agrees_is_not_mentioned(tmp_path):
     assert moved(tmp_path, SCHEDULE) == []
-    # the state of a scheduler that is not a LambdaLR does not tell its peak
+
+
+def test_the_state_of_any_torch_scheduler_is_compared_by_its_rate():
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=PEAK)
     other = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    with silent():
+    with pytest.warns(UserWarning, match="at k = 0 the checkpoint's scheduler gives 1 of the peak"):
         Loop(True).scheduler.load_state_dict(other.state_dict())
 
 
