@@ -71,9 +71,10 @@ def test_registers_let_512_threads_in() -> None:
 def test_the_wide_path_moves_16_bytes_at_a_time() -> None:
     for name, arch, kernel, facts in kernels():
         loads, stores = WIDE[name, kernel.rsplit(", ", 1)[0]]
-        # the loop has them again, and unrolled loops several times
+        # the loop has them again, unrolled loops and one loop per form of the first moment several times
         assert facts["loads"] >= loads and facts["loads"] % loads == 0, (name, arch, kernel, facts)
-        assert facts["stores"] == stores, (name, arch, kernel, facts)
+        loops = facts["stores"] // stores if stores else 0
+        assert facts["stores"] == loops * stores and (loops > 0) == (stores > 0), (name, arch, kernel, facts)
 
 
 def test_products_are_rounded() -> None:

@@ -180,6 +180,16 @@ def test_a_scope_that_always_steps_needs_no_gradient(gpu_backend: str) -> None:
     assert [row.step.item() for row in rows] == [0, 0]
 
 
+def test_a_stepper_goes_on_when_captured_launches_are_outdated(gpu_backend: str) -> None:
+    rows = make_rows(*SIZES)
+    stepper, counters = make(gpu_backend, rows, MIXED, [CLIPPED, FREE])
+    stepper.step(Signals())
+    counters.graphs.pin("these rows")
+    counters.graphs.expect("other rows")
+    stepper.step(Signals())
+    assert counters.k.tolist() == [2, 2, 2] and counters.stale.tolist() == [0, 0, 0]
+
+
 def test_torchs_default_dtype_is_no_matter(gpu_backend: str) -> None:
     rate = torch.tensor(0.02, dtype=torch.float64)
     groups = [group(0), group(1, schedule=None, peak=math.nan, lr=rate), group(0)]

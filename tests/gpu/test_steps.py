@@ -276,6 +276,7 @@ def test_a_launch_that_fails_leaves_no_tickets_behind(gpu_backend: str) -> None:
     with pytest.raises(RuntimeError, match="this launch is to fail"):
         optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [1]
+    assert optimizer._counts.counters.graphs.tickets.tolist() == [0, 0]
     optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [2]
     assert {s["step"].item() for s in optimizer.state.values()} == {2.0}

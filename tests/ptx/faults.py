@@ -185,7 +185,7 @@ def _bounds(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tupl
     else:
         # loops over elements have 64 bits; a tile without elements, which `le` lets in, is masked as a whole
         stop = len(text)
-        found = [bound for bound in found if bound[0].startswith("setp.gt.s64")]
+        found = [bound for bound in found if re.match(r"setp\.gt\.[su]64", bound[0])]
         counted = re.compile(r"setp\.(lt)(\.s(?:32|64)\s+%p\d+, %rd?\d+, %rd?\d+;)")
     for n, bound in enumerate(bound for bound in found if start < bound.start() < stop):
         yield f"bound {n + 1} of elements off by one", (kernel.tails, kernel.off_alignment), _at(bound)

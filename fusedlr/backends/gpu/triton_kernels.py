@@ -105,9 +105,10 @@ def adamw(p, g, m, v, v_max, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, o
     """`reference.adamw_` on one element; `v_max`, its largest v so far, is below 0 without amsgrad."""
     g = g * factor
     p = p - decay * p
-    # as reference.adamw_: the form that starts at m would lose a g that is small beside it; the last
-    # difference is exact there
-    m = tl.where(one_b1 < 0.5, m + (g - m) * one_b1, g - (g - m) * (1 - one_b1))
+    # as reference.adamw_: the form that starts at m would lose a g that is small beside it; one_b1 - 1 is
+    # exact where it is used
+    from_m = one_b1 < 0.5
+    m = tl.where(from_m, m, g) + (g - m) * tl.where(from_m, one_b1, one_b1 - 1)
     # in this order, as torch: the square of a finite gradient may overflow
     v = b2 * v + (one_b2 * g) * g
     # as torch.maximum: nan wins
@@ -214,7 +215,8 @@ def place(chunk, tensors, gradients):
     first = tl.load(chunk + INDEX).to(tl.int64) * CHUNK_ELEMENTS
     # a tensor whose gradient is missing has an address of 0, and is as one without elements
     numel = tl.load(row + NUMEL, mask=gradient != 0, other=0)
-    return row, gradient, first, tl.minimum(numel - first, CHUNK_ELEMENTS)
+    # 32 bits take half the registers
+    return row, gradient, first, tl.minimum(numel - first, CHUNK_ELEMENTS).to(tl.int32)
 
 
 @triton.jit
@@ -241,11 +243,12 @@ def lr_at(ints, floats, rate, phase_ints, phase_floats, table, k):
     first = tl.load(ints + FIRST_PHASE).to(tl.int32)
     last = tl.load(ints + LAST_PHASE).to(tl.int32)
     address = tl.load(ints + LR)
-    lr = tl.load(rate)
     if first < last:
         lr = tl.load(floats + PEAK) * evaluate(phase_ints, phase_floats, table, first, last, k)
     elif address != 0:
         lr = tl.load(address.to(tl.pointer_type(tl.float32)))
+    else:
+        lr = tl.load(rate)
     return lr
 
 
@@ -387,7 +390,6 @@ def step_kernel(
         return
     chunk = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
     group = tl.load(chunk + GROUP)
-    scope = tl.load(chunk + SCOPE)
     group_ints = ints + group * GROUP_INTS
     group_floats = floats + group * GROUP_FLOATS
     scope_ints = ints + groups * GROUP_INTS
@@ -395,11 +397,12 @@ def step_kernel(
     phase_ints = scope_ints + scopes * SCOPE_INTS
     phase_floats = scope_floats + scopes * SCOPE_FLOATS
     table = phase_floats + phases * PHASE_FLOATS
-    k = tl.load(counts + group)
-    lr = lr_at(group_ints, group_floats, rates + group, phase_ints, phase_floats, table, k)
+    scope = tl.load(chunk + SCOPE)
     norm, coef, skip = decide(
         scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
     )
+    k = tl.load(counts + group)
+    lr = lr_at(group_ints, group_floats, rates + group, phase_ints, phase_floats, table, k)
     if (tl.load(chunk + FIRST_OF_GROUP) != 0) & (tl.load(active + scope) != 0):
         tl.store(used + group, lr)
         tl.store(used + groups + group, norm)
@@ -479,7 +482,8 @@ def options(target: GPUTarget, amsgrad: bool) -> dict[str, int | bool]:
     """Compiler options of a launch; nothing is left to defaults that decide about bits."""
     chosen: dict[str, int | bool] = {"num_stages": 1, "enable_fp_fusion": False}
     chosen["num_warps"] = THREADS // target.warp_size
-    if amsgrad and target.backend == "cuda":
-        # ptxas stops at 80 registers here and spills 12 bytes for it, where 96 hold everything
-        chosen["maxnreg"] = 128
+    if target.backend == "cuda":
+        # ptxas stops at 80 registers by itself and spills 8 bytes for it on sm_80, or 12 with amsgrad, where
+        # 88 and 96 hold everything
+        chosen["maxnreg"] = 128 if amsgrad else 88
     return chosen
