@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from fusedlr.step import State, dtype_of_state
 from fusedlr.warn import warn
 
 Groups = list[dict[str, Any]]
+_T = TypeVar("_T")
 
 # where a state dict has what AdamW's does not
 OWN_KEY = "fusedlr"
@@ -117,23 +117,27 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
     for i, (mine, theirs) in enumerate(zip(groups, saved, strict=True)):
         for p, saved_id in zip(mine["params"], theirs["params"], strict=True):
             by_id[saved_id] = p
-            entry = state_dict["state"].get(saved_id)
+            if saved_id not in state_dict["state"]:
+                continue
+            entry, name = state_dict["state"][saved_id], parameter_name(mine, i, p)
             reason = _misfit(p, entry)
             if reason:
-                raise ValueError(f"{parameter_name(mine, i, p)}: {reason}")
-            if saved_id in state_dict["state"]:
-                entries[p] = dict(entry)
+                raise ValueError(f"{name}: {reason}")
+            entries[p] = _own_entry(name, entry)
     others = {key: entry for key, entry in state_dict["state"].items() if key not in by_id}
     if others and by_id and not entries:
-        ids = [list(theirs["params"]) for theirs in saved]
+        ids = arguments.shown([list(theirs["params"]) for theirs in saved])
         raise ValueError(f"params={ids} of the loaded state dict name none of the entries of its state")
     latest = max_steps(groups, entries, joint=joint)
     loaded = Loaded(
-        groups=[_loaded_group(m, t, o, joint=joint) for m, t, o in zip(groups, saved, own, strict=True)],
+        groups=[
+            _loaded_group(i, *each, joint=joint)
+            for i, each in enumerate(zip(groups, saved, own, strict=True))
+        ],
         k=[_continued(o, t) for o, t in zip(own, latest, strict=True)],
         skipped=[o.get("skipped", 0) for o in own],
         entries=entries,
-        others=others,
+        others={key: _copied(f"entry {key!r} of the loaded state", entry) for key, entry in others.items()},
     )
     loaded.disagreements = _disagreements(groups, loaded.groups, own)
     return loaded
@@ -151,20 +155,23 @@ def read_matching(
     own = _own_of(state_dict, saved, None)
     there: dict[str, tuple[int, Any]] = {}
     for i, theirs in enumerate(saved):
-        names = _names(f"group {i} of the loaded state dict", theirs)
+        where = f"group {i} of the loaded state dict"
+        _check_names(where, theirs)
+        names = _names(where, theirs)
         there.update({name: (i, saved_id) for name, saved_id in zip(names, theirs["params"], strict=True)})
-    latest = max_steps(saved, state_dict["state"], joint=joint)
+    counted = {key: entry for key, entry in state_dict["state"].items() if _has_step(entry)}
+    latest = max_steps(saved, counted, joint=joint)
     loaded, missing, used = Loaded(groups, list(k)), [], set()
     for i, mine in enumerate(groups):
         reached = []
         for p, name in zip(mine["params"], _names(f"group {i} of this optimizer", mine), strict=True):
             group, saved_id = there.get(name, (0, None))
             entry = state_dict["state"].get(saved_id) if name in there else None
-            if not entry or _misfit(p, entry):
+            if _misfit(p, entry) or not entry:
                 missing.append(name)
                 continue
             used.add(name)
-            loaded.entries[p] = dict(entry)
+            loaded.entries[p] = _own_entry(parameter_name(mine, i, p), entry)
             reached.append(_continued(own[group], latest[group]))
         loaded.k[i] = max(reached, default=k[i])
     if joint and loaded.entries:
@@ -175,7 +182,7 @@ def read_matching(
 def apply_state(loaded: Loaded, ours: State, state_dtype: str | None) -> dict[Any, Any]:
     """A new `state` mapping; tensors that fit are kept and filled, so that captured addresses stay valid."""
     # torch keeps entries that belong to no parameter
-    state = {key: copy.deepcopy(entry) for key, entry in loaded.others.items()}
+    state = dict(loaded.others)
     current = {p: ours.get(p) or {} for p in loaded.entries}
     live = {id(value) for entry in current.values() for value in entry.values()}
     for p, entry in loaded.entries.items():
@@ -219,8 +226,8 @@ def _check_containers(state_dict: Any, groups: int | None = None) -> Groups:
             keys = sorted(map(str, set(state_dict) - {OWN_KEY}))
             raise ValueError(f"the loaded state dict has no {key!r}, only {keys}")
         if not isinstance(state_dict[key], kind):
-            found = type(state_dict[key]).__name__
-            raise ValueError(f"{key!r} of the loaded state dict is a {found}, expected a dict or list")
+            given = type(state_dict[key]).__name__
+            raise ValueError(f"{key!r} of the loaded state dict is a {given}, expected a dict or list")
     if groups is not None and len(state_dict["param_groups"]) != groups:
         there = len(state_dict["param_groups"])
         raise ValueError(f"the loaded state dict has {there} parameter groups, this optimizer has {groups}")
@@ -234,37 +241,48 @@ def _check_containers(state_dict: Any, groups: int | None = None) -> Groups:
             if key not in group:
                 raise ValueError(f"group {i} of the loaded state dict has no {key!r}")
         params = group["params"]
-        if not isinstance(params, (list, tuple)) or not all(isinstance(x, Hashable) for x in params):
-            raise ValueError(
-                f"group {i} of the loaded state dict has params={params!r}, expected a list of ids"
-            )
+        where = f"group {i} of the loaded state dict has params={arguments.shown(params)}"
+        if not isinstance(params, (list, tuple)) or not all(map(_is_hashable, params)):
+            raise ValueError(f"{where}, expected a list of ids")
         for saved_id in params:
             if saved_id in seen:
-                raise ValueError(
-                    f"group {i} of the loaded state dict has params={params!r}: {saved_id!r} is twice"
-                )
+                raise ValueError(f"{where}: {saved_id!r} is twice")
             seen.add(saved_id)
     return [dict(group) for group in state_dict["param_groups"]]
 
 
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _check_group(i: int, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Hold a file's group to what the constructor accepts."""
+    """Hold a file's group to what the constructor accepts; its numbers become plain."""
     where = f"group {i} of the loaded state dict"
     try:
-        arguments.hyperparameters({**mine, **theirs})
+        checked = arguments.hyperparameters({**mine, **theirs})
+        theirs.update((name, value) for name, value in checked.items() if name in theirs)
         for name in ("initial_lr", "max_lr"):
             if name in theirs:
                 arguments.non_negative(name, theirs[name])
-        if theirs.get("max_grad_norm") is not None:
-            arguments.max_grad_norm(theirs["max_grad_norm"])
-        for name in ("amsgrad", "maximize"):
-            if name in theirs and theirs[name] not in (True, False):
-                raise ValueError(f"{name}={theirs[name]!r} must be True or False")
+        arguments.max_grad_norm(theirs.get("max_grad_norm"))
+        if arguments.flag("differentiable", theirs.get("differentiable", False)):
+            raise ValueError("differentiable=True is not supported: the step writes in place")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    _check_names(where, theirs)
+
+
+def _check_names(where: str, theirs: dict[str, Any]) -> None:
     names = theirs.get("param_names")
-    if names is not None and not (isinstance(names, (list, tuple)) and len(names) == len(theirs["params"])):
-        raise ValueError(f"{where}: param_names={names!r} must be a name per parameter")
+    if names is None:
+        return
+    fits = isinstance(names, (list, tuple)) and len(names) == len(theirs["params"])
+    if not fits or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: param_names={arguments.shown(names)} must be a name per parameter")
 
 
 def read_own(own: Any, groups: Sequence[Any]) -> list[dict[str, Any]] | None:
@@ -275,8 +293,8 @@ def read_own(own: Any, groups: Sequence[Any]) -> list[dict[str, Any]] | None:
     """
     if own is None:
         return None
-    if not isinstance(own, Mapping) or not isinstance(own.get("groups"), (list, tuple)):
-        raise ValueError(f"{OWN_KEY}={own!r} of the loaded state is malformed")
+    if not isinstance(own, Mapping):
+        raise ValueError(f"{OWN_KEY} of the loaded state is a {type(own).__name__}, expected a dict")
     written = own.get("format")
     if type(written) is not int or written < 1:
         raise ValueError(f"{OWN_KEY} of the loaded state has format={written!r}, expected an integer")
@@ -284,6 +302,10 @@ def read_own(own: Any, groups: Sequence[Any]) -> list[dict[str, Any]] | None:
         raise ValueError(
             f"the loaded state was written by a newer fusedlr: its format is {written}, this one reads up to "
             f"{FORMAT}"
+        )
+    if not isinstance(own.get("groups"), (list, tuple)):
+        raise ValueError(
+            f"{OWN_KEY} of the loaded state has groups={arguments.shown(own.get('groups'))}, expected a list"
         )
     if len(own["groups"]) != len(groups):
         raise ValueError(
@@ -316,12 +338,14 @@ def _checked_own(i: int, own: Any) -> dict[str, Any]:
     for name in ("k", "k_at_step", "skipped"):
         value = own.get(name, 0)
         if type(value) is not int or not 0 <= value <= _MAX_K:
-            raise ValueError(f"{where} has {name}={value!r}, expected an integer from 0 to {_MAX_K}")
+            raise ValueError(
+                f"{where} has {name}={arguments.shown(value)}, expected an integer from 0 to {_MAX_K}"
+            )
     try:
         if own.get("peak") is not None:
             checked["peak"] = arguments.non_negative("peak", own["peak"])
-        if own.get("max_grad_norm") is not None:
-            arguments.max_grad_norm(own["max_grad_norm"])
+        if "max_grad_norm" in own:
+            checked["max_grad_norm"] = arguments.max_grad_norm(own["max_grad_norm"])
         schedule = own.get("schedule")
         if schedule is not None and not isinstance(schedule, Schedule):
             if not isinstance(schedule, (list, tuple)):
@@ -340,10 +364,35 @@ def _continued(own: dict[str, Any], t: int) -> int:
     return max(own["k"] + t - own["k_at_step"], 0)
 
 
-def _loaded_group(mine: Any, theirs: dict[str, Any], own: dict[str, Any], *, joint: bool) -> dict[str, Any]:
+def _own_entry(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, with copies of what no step knows; tensors of ours are copied later."""
+    return {
+        key: value if key in STATE or key == "step" else _copied(f"{where}: its loaded {key}", value)
+        for key, value in entry.items()
+    }
+
+
+def _copied(where: str, value: Any) -> Any:
+    """A copy of what only other optimizers know; it is made before anything changes, because it may fail."""
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise ValueError(f"{where} cannot be copied: {error}") from error
+
+
+def _loaded_group(
+    i: int, mine: Any, theirs: dict[str, Any], own: dict[str, Any], *, joint: bool
+) -> dict[str, Any]:
     """A group with the file's hyperparameters, this optimizer's parameters and this optimizer's schedule."""
     dropped = ("params", "schedule", "k", "k_at_step", *(("initial_lr",) if has_schedule(mine) else ()))
-    group: dict[str, Any] = {key: copy.deepcopy(value) for key, value in theirs.items() if key not in dropped}
+    group: dict[str, Any] = {
+        key: _copied(f"group {i} of the loaded state dict: {key}", value)
+        for key, value in theirs.items()
+        if key not in dropped
+    }
+    if "decoupled_weight_decay" in group:
+        # a file of torch's Adam says False; torch's AdamW sets it too
+        group["decoupled_weight_decay"] = True
     group["betas"] = tuple(group["betas"] if "betas" in group else mine["betas"])
     group["params"] = mine["params"]
     if "param_names" in mine:
@@ -363,10 +412,10 @@ def _loaded_group(mine: Any, theirs: dict[str, Any], own: dict[str, Any], *, joi
 
 def _misfit(p: Tensor, entry: Any) -> str | None:
     """Why this entry of a file is no state of this parameter."""
-    if entry is None or entry == {}:
-        return None
     if not isinstance(entry, Mapping):
         return f"its loaded state is a {type(entry).__name__}, expected a dict"
+    if not entry:
+        return None
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
     if missing:
         return f"its loaded state has no {', '.join(missing)}, only {', '.join(map(str, entry))}"
@@ -385,20 +434,22 @@ def _misfit(p: Tensor, entry: Any) -> str | None:
     return _step_misfit(entry["step"])
 
 
+def _has_step(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "step" in entry and _step_misfit(entry["step"]) is None
+
+
 def _step_misfit(step: Any) -> str | None:
     if is_fake(step):
         return None
-    if isinstance(step, Tensor):
-        if step.numel() != 1:
-            return f"its loaded step has shape {tuple(step.shape)}, expected one element"
-        if step.device.type == "meta" or step.is_complex() or step.layout != torch.strided:
-            return f"its loaded step is {step.dtype} on {step.device}, expected a number"
-        # read together with all others where they lie on a GPU, see `max_steps`
-        value = step.item()
-    elif isinstance(step, Real):
-        value = float(step)
-    else:
-        return f"its loaded step is {step!r}, expected a number"
+    if isinstance(step, Tensor) and step.numel() != 1:
+        return f"its loaded step has shape {tuple(step.shape)}, expected one element"
+    if isinstance(step, Tensor) and step.layout != torch.strided:
+        return f"its loaded step is of layout {step.layout}, expected a dense tensor"
+    try:
+        # waits once per tensor where they lie on a GPU
+        value = arguments.real("step", step)
+    except ValueError:
+        return f"its loaded step is {arguments.shown(step)}, expected a number"
     if not (math.isfinite(value) and 0 <= value <= _MAX_STEP and value == int(value)):
         return f"its loaded step is {step!r}, expected a whole number from 0 to {_MAX_STEP}"
     return None
@@ -412,7 +463,7 @@ def _loaded_value(p: Tensor, key: str, value: Any, old: Any, dtype_of_moments: t
     elif key in STATE:
         new, dtype = value, torch.promote_types(value.dtype, dtype_of_moments)
     else:
-        return copy.deepcopy(value)
+        return value
     fits = (
         isinstance(old, Tensor) and old.shape == new.shape and old.dtype == dtype and old.device == p.device
     )
@@ -449,6 +500,47 @@ def _disagreements(groups: Groups, loaded: Groups, own: list[dict[str, Any]]) ->
                 "here; the checkpoint's is used"
             )
     return lines
+
+
+def read_steps(state_dict: Any, groups: Sequence[Any]) -> list[int]:
+    """Per group the step that a scheduler's state, of ours or of torch's, continues at.
+
+    Raises:
+        ValueError: an entry is malformed; the message names it.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the scheduler's state is a {type(state_dict).__name__}, expected a dict")
+    for name in ("base_lrs", "_last_lr"):
+        _per_group(name, state_dict.get(name, ()), arguments.non_negative)
+    epoch = _step("last_epoch", state_dict.get("last_epoch"))
+    if "k" not in state_dict:
+        return [epoch] * len(groups)
+    k = _per_group("k", state_dict["k"], _step)
+    if len(k) != len(groups):
+        raise ValueError(f"k={k} in the scheduler's state has {len(k)} groups, expected {len(groups)}")
+    steps = [step + epoch - _step("k_at_epoch", state_dict.get("k_at_epoch")) for step in k]
+    if not all(0 <= step <= _MAX_K for step in steps):
+        raise ValueError(
+            f"last_epoch={epoch} in the scheduler's state leads to steps that no run has: {steps}"
+        )
+    return steps
+
+
+def _step(name: str, value: Any) -> int:
+    where = f"{name}={arguments.shown(value)} in the scheduler's state"
+    try:
+        step = arguments.integer(name, value)
+    except ValueError:
+        raise ValueError(f"{where} is not an integer") from None
+    if not 0 <= step <= _MAX_K:
+        raise ValueError(f"{where} is {'negative' if step < 0 else f'above {_MAX_K}'}")
+    return step
+
+
+def _per_group(name: str, values: Any, check: Callable[[str, Any], _T]) -> list[_T]:
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name}={arguments.shown(values)} in the scheduler's state must be a list")
+    return [check(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 def scheduler_disagreements(groups: Groups, state_dict: dict[str, Any], steps: list[int]) -> list[str]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from fusedlr import arguments
 from fusedlr.groups import Notes, ParamGroup, check_rates, has_schedule
 from fusedlr.reference import Counters, Made, is_fake, scalar_dtype
 from fusedlr.schedule import Schedule, check_schedule
@@ -61,6 +63,9 @@ class Counts:
     ) -> None:
         self._notes, self._defaults, self.joint = notes, defaults, joint
         self._groups = list(groups)
+        # parameter -> own keys and counters of a group that was taken out with it, for a plain dict that is
+        # put in the group's place
+        self._gone: Any = WeakTensorKeyDictionary()
         for i, group in enumerate(groups):
             group.counter = weakref.ref(self), i
         self.k: list[int] = []
@@ -88,6 +93,8 @@ class Counts:
         if not self._notes.changed and _same(groups, self._groups):
             return
         for group in groups:
+            if dict.__contains__(group, "k"):
+                arguments.count("k", group["k"])
             # a schedule assigned to a running group is resolved as one given at the start
             if has_schedule(group) and not isinstance(group["schedule"], (list, tuple)):
                 check_schedule(group["schedule"])
@@ -108,21 +115,30 @@ class Counts:
     def _wrapped(self, group: dict[str, Any], origin: int | None) -> ParamGroup:
         """A group from outside; it takes over what the group had that held its parameters."""
         before = self._groups[origin] if origin is not None else None
-        own = dict(before.own) if isinstance(before, ParamGroup) else {}
+        own, counts = self._gone_with(group) if before is None else (dict(getattr(before, "own", {})), None)
         wrapped = ParamGroup({**own, **group}, self._notes)
         schedule = wrapped.get("schedule")
         if isinstance(schedule, (list, tuple)):
             schedule = Schedule.from_numbers(schedule)
             wrapped.set_quietly("schedule", schedule)
-        if schedule is not None and "initial_lr" in wrapped and origin is not None:
+        shown: tuple[int, ...] = () if origin is None else (self.shown[origin], self.k[origin])
+        if counts is not None:
+            shown = (int(counts[0]) - 1, int(counts[0]))
+        if schedule is not None and "initial_lr" in wrapped and shown:
             # a plain dict does not tell who assigned its lr; a rate that is not ours did come from outside
-            ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in (self.shown[origin], self.k[origin])}
+            ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in shown}
             if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
                 self._notes.lr_assigned.add(id(wrapped))
             else:
                 wrapped.shown_lr = wrapped["lr"]
+        wrapped.counts = counts
         self._notes.changed = True
         return wrapped
+
+    def _gone_with(self, group: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """Own keys and counters of the group that was taken out with a parameter of this one."""
+        found = next((self._gone[p] for p in group["params"] if p in self._gone), None)
+        return ({}, None) if found is None else (dict(found[0]), found[1].clone())
 
     def _follow(self, groups: list[Any]) -> None:
         """Count for these groups: each goes on at its own counts, wherever it stood; new ones start at 0."""
@@ -136,7 +152,12 @@ class Counts:
         ]
         for i, group in enumerate(before):
             if i not in origins and isinstance(group, ParamGroup):
-                group.counts = old.counts[:, i].clone()
+                group.counts, group.counter = old.counts[:, i].clone(), None
+                self._gone.update((p, (group.own, group.counts)) for p in group["params"])
+        if origins != list(range(len(before))):
+            # what a scheduler's state says is said of the groups that there were
+            self.k_loaded = self.own_loaded = None
+        given = [dict.get(group, "k") for group in groups]
         for i, group in enumerate(groups):
             if not self._is_ours(group):
                 groups[i] = self._wrapped(group, origins[i])
@@ -154,8 +175,14 @@ class Counts:
             elif group.counts is not None:
                 self.counters.counts[:3, i] = group.counts[:3].to(self.counters.counts.device)
                 shown[i] = int(group.counts[0])
+            if given[i] is not None:
+                # of a plain dict
+                shown[i] = arguments.count("k", given[i])
+                self.counters.k[i] = shown[i]
             group.counts = None
             group.counter = weakref.ref(self), i
+            for p in group["params"]:
+                self._gone.pop(p, None)
         if old.stale.numel() and groups:
             self.counters.stale[0] = old.stale.max()
         self._groups = list(groups)
@@ -204,7 +231,7 @@ class Counts:
         `before`: `k` as it was. On a GPU the next copy corrects what the host knows.
         """
         c = self.counters
-        if c.k.device.type != "cpu" or c.k.tolist() == before:
+        if c.k.device.type != "cpu" or is_fake(c.k) or c.k.tolist() == before:
             return None
         self.k = before
         return Made(c.k.tolist(), c.skips_in_row.tolist(), c.lr.tolist())
@@ -274,8 +301,15 @@ class Counts:
         self.place_skipped([theirs.get("skipped", 0) for theirs in own])
         self._notes.changed = True
 
+    def read_skipped(self) -> list[int]:
+        """Steps skipped per group, from the device (waits for it)."""
+        skipped = self.counters.skipped
+        return [0] * skipped.numel() if is_fake(skipped) else skipped.tolist()
+
     def place_skipped(self, skipped: Sequence[int]) -> None:
         """Put the numbers of skipped steps onto the device."""
+        if is_fake(self.counters.skipped):
+            return
         self.counters.skipped.copy_(torch.tensor(skipped, dtype=torch.int64, device="cpu"))
         self.counters.skips_in_row.zero_()
 
@@ -284,6 +318,8 @@ class Counts:
         self.read([])
         self.place([*self.k[:index], k, *self.k[index + 1 :]])
         self.shown[index] = k
+        # what a scheduler's state says was said before
+        self.k_loaded = None
         _show(group, k)
 
     # what the host shows

@@ -43,6 +43,8 @@ class Notes:
 # What a group has beside AdamW's keys. Tools save, copy and compare the items of a group, so these are not
 # among them. `initial_lr` is the peak of a group with a schedule.
 OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm")
+# nor are counts, which are kept for all groups together
+_NO_ITEMS = (*OWN_KEYS, "k", "k_at_step")
 
 
 class ParamGroup(dict[str, Any]):
@@ -65,7 +67,7 @@ class ParamGroup(dict[str, Any]):
     __slots__ = ("_notes", "counter", "counts", "own", "shown_lr")
 
     def __init__(self, group: dict[str, Any], notes: Notes, own: dict[str, Any] | None = None) -> None:
-        super().__init__({key: value for key, value in group.items() if key not in OWN_KEYS})
+        super().__init__({key: value for key, value in group.items() if key not in _NO_ITEMS})
         self._notes = notes
         self.own = {key: group[key] for key in OWN_KEYS if key in group} if own is None else own
         if own is None and self.own.get("schedule") is None and "initial_lr" in self.own:
@@ -84,12 +86,15 @@ class ParamGroup(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key in self.own:
             return self.own[key]
-        if key == "k" and (counts := self._counts()) is not None:
-            return counts[0].k[counts[1]]
+        if key == "k":
+            if self.counts is not None:
+                return int(self.counts[0])
+            if (counts := self._counts()) is not None:
+                return counts[0].k[counts[1]]
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.own or (key == "k" and self._counts() is not None) or super().__contains__(key)
+        return key in self.own or (key == "k" and self._is_counted()) or super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of dict."""
@@ -177,8 +182,16 @@ class ParamGroup(dict[str, Any]):
         counts = self.counter[0]() if self.counter is not None else None
         return None if counts is None or self.counter is None else (counts, self.counter[1])
 
+    def _is_counted(self) -> bool:
+        return self.counts is not None or self._counts() is not None
+
     def _go_to(self, k: Any) -> None:
         whole, counts = arguments.count("k", k), self._counts()
+        if self.counts is not None:
+            self.counts[0] = whole
+            if has_schedule(self):
+                self.show(self["schedule"].lr_at(whole, self["initial_lr"]))
+            return
         if counts is None:
             raise KeyError("k")
         counts[0].go_to_one(self, counts[1], whole)
@@ -256,11 +269,12 @@ def _is_plain(group: dict[str, Any]) -> bool:
 
 def _check(index: int, group: dict[str, Any]) -> None:
     """Hold values that were assigned to a group to what the constructor accepts."""
+    where = f"group {index}"
     try:
         arguments.hyperparameters(group)
         arguments.max_grad_norm(group.get("max_grad_norm"))
     except ValueError as error:
-        raise ValueError(f"group {index}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _group_step(group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep:

@@ -44,6 +44,7 @@ from fusedlr.step import (
     only_allocates,
     prepare,
     warn_parts,
+    warn_without_gradients,
 )
 
 _NO_SIGNALS = Signals()
@@ -175,7 +176,8 @@ class FusedAdamW(Optimizer):
         self._options: Options | None = None
         self._updates = UpdateCounts()
         self._view: weakref.ref[ScheduleView] | None = None
-        self._warned_assigned = self._warned_fallback = self._warned_parts = False
+        self._warned_assigned = self._warned_fallback = False
+        self._warned_parts = self._warned_gradients = False
         device = device_of(self.param_groups, torch.device("cpu"))
         self._counts = Counts(
             self.param_groups, self._notes, self.defaults, device, k, skipped, joint=self._joint
@@ -286,6 +288,8 @@ class FusedAdamW(Optimizer):
         backend = self._choose_backend()
         # what is not a number raises here, before any group has been updated
         options = self._new_options()
+        if not self._warned_gradients:
+            self._warned_gradients = warn_without_gradients(self.param_groups)
         arguments = self.param_groups, self.state, options, self._updates, self._settings["state_dtype"]
         if may_only_allocate and only_allocates(self.param_groups, self.state, self._notes):
             allocate(*arguments)
@@ -534,7 +538,7 @@ class FusedAdamW(Optimizer):
         counts = self._counts
         counts.adopt(self.param_groups)
         k = counts.read(self.param_groups)
-        skipped = counts.counters.skipped.tolist()
+        skipped = counts.read_skipped()
         own = checkpoint.own_state(self.param_groups, self.state, k, skipped, joint=self._joint)
         # post-hooks are to see what is saved, so they run on the finished dict
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
@@ -612,7 +616,7 @@ class FusedAdamW(Optimizer):
             "_settings": self._settings,
             "_own": [dict(group.own) for group in self.param_groups],
             "_k": self._counts.read(self.param_groups),
-            "_skipped": self._counts.counters.skipped.tolist(),
+            "_skipped": self._counts.read_skipped(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fusedlr.checkpoint import OWN_KEY, own_state, read_own, report, scheduler_disagreements
+from fusedlr.checkpoint import (
+    OWN_KEY,
+    own_state,
+    read_own,
+    read_steps,
+    report,
+    scheduler_disagreements,
+)
 from fusedlr.counts import Counts
 from fusedlr.eager import eager
 from fusedlr.schedule import Schedule
@@ -87,6 +94,7 @@ class ScheduleView(LRScheduler):
         A `LambdaLR` that loads it leaves `k` alone and counts on in `last_epoch`: `k_at_epoch` tells how far.
         """
         groups = self.optimizer.param_groups
+        self._counts.adopt(groups)
         k = self._counts.read(groups)
         return {
             "base_lrs": self.base_lrs,
@@ -103,7 +111,7 @@ class ScheduleView(LRScheduler):
                 groups,
                 self.optimizer.state,
                 k,
-                self._counts.counters.skipped.tolist(),
+                self._counts.read_skipped(),
                 joint=self._counts.joint,
             ),
         }
@@ -120,25 +128,15 @@ class ScheduleView(LRScheduler):
             ValueError: there is no usable `last_epoch` in it, or what it says of our schedules is malformed.
         """
         groups = self.optimizer.param_groups
-        k = state_dict.get("k")
-        try:
-            epoch = operator.index(state_dict.get("last_epoch"))  # type: ignore[arg-type]
-            steps = [epoch] * len(groups)
-            if isinstance(k, list) and len(k) == len(groups) and "k_at_epoch" in state_dict:
-                steps = [operator.index(step) + epoch - state_dict["k_at_epoch"] for step in k]
-        except TypeError:
-            raise ValueError(
-                f"last_epoch={state_dict.get('last_epoch')!r} in the scheduler's state is not an integer"
-            ) from None
-        if min(steps) < 0:
-            raise ValueError(f"last_epoch={min(steps)} in the scheduler's state is negative")
+        self._counts.adopt(groups)
+        steps = read_steps(state_dict, groups)
         taken = read_own(state_dict.get(OWN_KEY), groups)
         lines = scheduler_disagreements(groups, state_dict, steps)
         own = self._counts.read(groups) if lines else steps
         if own != steps and not scheduler_disagreements(groups, state_dict, own):
             warn(
-                f"last_epoch={epoch} in the scheduler's state does not count updates: its rate is that of "
-                f"k = {own[0]}, where this optimizer stands and goes on"
+                f"last_epoch={state_dict['last_epoch']} in the scheduler's state does not count updates: its "
+                f"rate is that of k = {own[0]}, where this optimizer stands and goes on"
             )
             return
         report(lines)

@@ -236,6 +236,19 @@ def warn_parts(before: Plan, groups: list[dict[str, Any]]) -> bool:
     return False
 
 
+def warn_without_gradients(groups: list[dict[str, Any]]) -> bool:
+    """Warn if a step is to update nothing because no parameter has a gradient; whether it did."""
+    params = [p for group in groups for p in group["params"]]
+    if not params or any(p.grad is not None for p in params):
+        return False
+    if any(p.requires_grad for p in params):
+        why = "call backward() first, and build the optimizer from the parameters that the loss depends on"
+    else:
+        why = "none of them requires one, so the model's trainable parameters are not in this optimizer"
+    warn(f"this step updates nothing, as no parameter of the optimizer has a gradient: {why}")
+    return True
+
+
 def candidates(groups: list[dict[str, Any]], state: State) -> Iterator[Tensor]:
     """Every parameter that has state or may get some."""
     return (

@@ -52,6 +52,9 @@ def snapshot(optimizer: torch.optim.Optimizer, *, lr: bool = True) -> dict[str, 
     if isinstance(optimizer, fusedlr.FusedAdamW):
         shot["k"] = bits(optimizer.metrics()["step"])
         shot["skipped"] = bits(optimizer.metrics()["skipped"])
+        # what groups have beside their items
+        own = [getattr(group, "own", {}) for group in optimizer.param_groups]
+        shot["own"] = [{key: bits(x) for key, x in each.items() if x is not None} for each in own]
     return shot
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from kit import PEAK, disagreements, quiet, recorded, scheduled, set_grads, step, steps
-from snapshots import bits, changes, snapshot
+from snapshots import bits, changes, params_of, snapshot
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 
@@ -53,6 +53,28 @@ def test_distributed_checkpoint_gets_and_sets(options):
     assert other.metrics()["step"].tolist() == [3, 3]
     steps(other, 3, 6)
     assert not changes(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.parametrize("scheduler_first", [False, True])
+def test_a_schedulers_state_carries_peaks_and_skips_past_distributed_checkpoint(scheduler_first):
+    model, optimizer = model_and_optimizer()
+    optimizer.param_groups[1]["initial_lr"] = 0.4
+    steps(optimizer, 0, 3)
+    set_grads(optimizer, 3)
+    params_of(optimizer)[0].grad.fill_(torch.nan)
+    optimizer.step()
+    saved, scheduler = dcp_state.get_optimizer_state_dict(model, optimizer), optimizer.scheduler.state_dict()
+    assert "fusedlr" not in saved
+    other_model, other = model_and_optimizer()
+    if scheduler_first:
+        other.scheduler.load_state_dict(scheduler)
+    with quiet():
+        dcp_state.set_optimizer_state_dict(other_model, other, saved)
+    if not scheduler_first:
+        other.scheduler.load_state_dict(scheduler)
+    assert other.metrics()["step"].tolist() == [3, 3]
+    assert [group["initial_lr"] for group in other.param_groups] == [PEAK, 0.4]
+    assert int(other.metrics()["skipped"]) == 1
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -1,0 +1,54 @@
+"""A step that updates nothing, because no parameter has a gradient, says so once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from kit import make, make_params, recorded, scheduled, set_grads, silent, step
+from snapshots import unchanged
+from torch import nn
+
+import fusedlr
+
+NOTHING = "this step updates nothing, as no parameter of the optimizer has a gradient"
+
+
+def test_an_optimizer_of_other_parameters_than_the_loss_depends_on_is_told_of_once():
+    model = nn.Linear(3, 1)
+    # as a model is moved or wrapped after its optimizer is built
+    optimizer = fusedlr.FusedAdamW(copy.deepcopy(model).parameters(), lr=0.1)
+    with recorded() as caught:
+        for _ in range(3):
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+    assert [w for w in caught if NOTHING in str(w.message)] == caught
+    assert len(caught) == 1
+    assert "call backward() first, and build the optimizer from the parameters" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_an_optimizer_without_trainable_parameters_is_told_of():
+    optimizer = make([p.requires_grad_(False) for p in make_params()])
+    with pytest.warns(UserWarning, match=f"{NOTHING}: none of them requires one, so the model's trainable"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("groups", ["joint", "independent"])
+def test_one_gradient_is_enough(groups):
+    a, b, *_ = make_params()
+    optimizer = scheduled([{"params": [a]}, {"params": [b]}], groups=groups)
+    with silent():
+        step(optimizer, 0, missing=lambda k, i: i == 0)
+        step(optimizer, 1, missing=lambda k, i: i == 1)
+
+
+def test_a_warning_that_is_an_error_leaves_everything_as_it_was():
+    optimizer = scheduled()
+    with unchanged(optimizer), silent(), pytest.raises(UserWarning, match=NOTHING):
+        optimizer.step()
+    set_grads(optimizer)
+    with silent():
+        optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [1]
