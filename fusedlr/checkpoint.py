@@ -162,6 +162,7 @@ def read_matching(
     counted = {key: entry for key, entry in state_dict["state"].items() if _has_step(entry)}
     latest = max_steps(saved, counted, joint=joint)
     loaded, missing, used = Loaded(groups, list(k)), [], set()
+    steps: list[int | None] = []
     for i, mine in enumerate(groups):
         reached = []
         for p, name in zip(mine["params"], _names(f"group {i} of this optimizer", mine), strict=True):
@@ -173,9 +174,11 @@ def read_matching(
             used.add(name)
             loaded.entries[p] = _own_entry(parameter_name(mine, i, p), entry)
             reached.append(_continued(own[group], latest[group]))
-        loaded.k[i] = max(reached, default=k[i])
-    if joint and loaded.entries:
-        loaded.k = [max(loaded.k)] * len(groups)
+        steps.append(max(reached, default=None))
+    # a group of which nothing was found goes on where it is, or in a joint run with the others
+    run = max((step for step in steps if step is not None), default=None) if joint else None
+    for i, step in enumerate(steps):
+        loaded.k[i] = next(x for x in (step, run, k[i]) if x is not None)
     return loaded, IncompatibleKeys(missing, [name for name in there if name not in used])
 
 

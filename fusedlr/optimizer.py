@@ -388,7 +388,10 @@ class FusedAdamW(Optimizer):
             group["max_grad_norm"] = arguments.max_grad_norm(group["max_grad_norm"])
         give_schedule(group, self._settings["schedule"], self.defaults["lr"])
         super().add_param_group(group)
-        self.param_groups[-1] = ParamGroup(group, self._notes)
+        self.param_groups[-1] = added = ParamGroup(group, self._notes)
+        if has_schedule(added):
+            # writing this rate back assigns nothing
+            added.show(added["lr"])
         # torch's constructor adds the first groups
         if "_counts" in self.__dict__:
             self._notes.changed = True

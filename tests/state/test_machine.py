@@ -34,7 +34,7 @@ import fusedlr
 
 _EXAMPLES = os.environ.get("FUSEDLR_FUZZ_EXAMPLES")
 SETTINGS = settings(
-    max_examples=int(_EXAMPLES or 200),
+    max_examples=int(_EXAMPLES or 350),
     stateful_step_count=30,
     derandomize=_EXAMPLES is None,
     database=None,
@@ -78,6 +78,7 @@ class Group:
     lr: float = 0.0
     shown: float | None = None
     k: int = 0
+    shown_k: int = 0
     skipped: int = 0
     assigned: bool = False
     foreign: bool = False
@@ -93,6 +94,13 @@ class Group:
         if self.schedule is not None:
             self.lr = self.shown = self.schedule.lr_at(self.k, self.peak)
             self.assigned = self.foreign = False
+        self.shown_k = self.k
+
+    def seems_assigned(self) -> bool:
+        """Whether its rate in a plain dict, which does not tell whose it is, is not the schedule's of now."""
+        if self.schedule is None:
+            return False
+        return self.lr not in {self.schedule.lr_at(k, self.peak) for k in (self.shown_k, self.k)}
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -200,6 +208,7 @@ class Machine(RuleBasedStateMachine):
                 torchs[i]["lr"] = group.lr
                 # used, and from now on not ours
                 group.assigned = False
+                group.shown_k = group.k
                 group.k += active and not skip
                 group.skipped += active and skip
             for p in params if skip else ():
@@ -284,7 +293,8 @@ class Machine(RuleBasedStateMachine):
     @rule(index=which)
     def write_the_rate_back(self, index):
         ours, _, group = self.group(index)
-        if not group.foreign:
+        # a step at an assigned 0 without gradients or state only allocates
+        if not group.foreign and group.lr != 0:
             ours["lr"] = float(ours["lr"])
 
     @rule(index=which, item=HYPERPARAMETERS, way=st.sampled_from(["set", "update", "or"]))
@@ -416,7 +426,7 @@ class Machine(RuleBasedStateMachine):
         place = 0 if first else len(self.groups)
         if plain:
             ours = dict(ours)
-            group.assigned = group.schedule is not None and group.foreign
+            group.assigned = group.seems_assigned()
         self.ours.param_groups.insert(place, ours)
         self.stock.param_groups.insert(place, stock)
         self.groups.insert(place, group)
@@ -427,8 +437,7 @@ class Machine(RuleBasedStateMachine):
         i = index % len(self.groups)
         group = self.groups[i]
         self.ours.param_groups[i] = dict(self.ours.param_groups[i])
-        # a plain dict does not tell whether a rate that is not the schedule's has been used
-        group.assigned = group.schedule is not None and group.foreign
+        group.assigned = group.seems_assigned()
 
     # copies and files
 

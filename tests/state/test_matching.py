@@ -119,6 +119,18 @@ def test_independent_groups_go_on_at_the_k_of_the_groups_that_they_match():
     assert rates == [SCHEDULE.lr_at(k, PEAK) for k in (2, 5, 5)]
 
 
+def test_joint_groups_that_began_later_go_on_at_their_own_k():
+    source = scheduled(named("ab"))
+    steps(source, 0, 3)
+    source.add_param_group({"params": named("c")})
+    steps(source, 3, 5)
+    optimizer = scheduled([{"params": named(names)} for names in "cad"])
+    result = optimizer.load_state_dict(source.state_dict(), strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["d"], ["b"])
+    # what the file does not know joins the run
+    assert ks(optimizer) == [2, 5, 5]
+
+
 def test_a_file_of_stock_adamw_is_matched_by_name_and_its_steps():
     stock = make_stock(named("abcd"))
     steps(stock, 0, 3)
@@ -170,6 +182,19 @@ def test_a_group_may_join_a_run_or_begin_its_own():
         pytest.raises(ValueError, match="join='yes' is unknown, expected one of True, False"),
     ):
         optimizer.add_param_group({"params": make_params(shapes=((2,),)), "join": "yes"})
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_wrapper_may_write_the_rate_of_an_added_group_back(join):
+    optimizer = scheduled(make_params())
+    steps(optimizer, 0, 4)
+    optimizer.add_param_group({"params": make_params(shapes=((2,),)), "join": join})
+    with silent():
+        for k in range(4, 7):
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"]
+            step(optimizer, k)
+    assert optimizer.param_groups[1]["lr"] == SCHEDULE.lr_at(6 if join else 2, PEAK)
 
 
 def test_a_group_that_joins_is_told_of_skipped_steps():
