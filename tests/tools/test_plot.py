@@ -101,7 +101,7 @@ def test_texts_that_are_no_schedule(text, message):
         ("cosine(0, 10, num_cycles=1e999)", "num_cycles=inf must be a finite number"),
         ("cosine_with_restarts(0, 10, num_cycles=9, cycle_mult=1e300)", "cycle_mult=1e300"),
         ("table", "table: table() missing 1 required positional argument"),
-        ("table(3)", "'int' object is not iterable"),
+        ("table(3)", "fn=3 is neither a function of the step nor values in order"),
     ],
 )
 def test_arguments_that_a_constructor_refuses(text, message):
