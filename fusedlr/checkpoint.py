@@ -408,7 +408,8 @@ def _loaded_group(
     if joint:
         # joint groups share the optimizer's own
         group.pop("max_grad_norm", None)
-    if has_schedule(mine) and own.get("peak") is not None:
+    # without a schedule, a scheduler that is made later finds the peak where torch's leave it
+    if own.get("peak") is not None:
         group["initial_lr"] = own["peak"]
     return group
 

@@ -222,6 +222,8 @@ class FusedAdamW(Optimizer):
                         return loss
                     if self._is_capturing():
                         check_capture(self.param_groups)
+                        # every replay has gradients of its own
+                        measured = None
                     if measured is plan and signals is _NO_SIGNALS and plan.watch.same_gradients():
                         made = plan.stepper.update(signals)
                     else:

@@ -130,7 +130,9 @@ def test_the_compiler_may_have_arguments_and_paths_may_have_blanks(tree, compile
     calls = log.read_text().splitlines()
     assert all(" --first " in call for call in calls)
     assert all("-DX=$Y" in call for call in calls if " -c " in call)
-    assert "-Wl,-rpath,$ORIGIN" in calls[-1] and "-fopenmp" in calls[-1]
+    links = {re.search(r"/fusedlr/(_\w+)\.", call)[1]: call for call in calls if " -shared " in call}
+    assert links.keys() == {"_cpu", "_host"} and "-fopenmp" in links["_cpu"]
+    assert all("-Wl,-rpath,$ORIGIN" in call for call in links.values())
     assert not [call for call in calls if "-march=native" in call or "fast-math" in call]
 
 
@@ -143,11 +145,12 @@ def test_a_compiler_without_openmp_is_asked_for_one_thread(tree, compiler):
 
 
 def test_a_compiler_that_fails_is_an_error_only_if_the_module_was_asked_for(tree, compiler):
-    cxx, _ = compiler(refused="cpu_kernel")
+    cxx, _ = compiler(refused="cpu/kernel")
     failed = setup(tree, "-q", "bdist_wheel", CXX=cxx, FUSEDLR_CPU="1")
     assert failed.returncode and "the C++ kernel did not compile" in failed.stdout
-    name, _ = wheel(tree, CXX=cxx)
-    assert name.endswith("-py3-none-any.whl")
+    _, files = wheel(tree, CXX=cxx)
+    # the watch does not need the kernel
+    assert not [file for file in files if "_cpu" in file] and [file for file in files if "_host" in file]
 
 
 @pytest.mark.parametrize("name", ("FUSEDLR_CPU", "FUSEDLR_CUDA"))
@@ -160,14 +163,14 @@ def test_the_cuda_kernel_is_compiled_per_type_for_what_nvcc_knows(tree, compiler
     (cxx, log), (nvcc, _) = compiler(), compiler(name="nvcc")
     _, files = wheel(tree, CXX=cxx, NVCC=f"env A=1 {nvcc}", FUSEDLR_CUDA="1")
     modules = sorted(re.sub(r"\..*", "", file) for file in files if file.endswith(".so"))
-    assert modules == ["fusedlr/_cpu", "fusedlr/_cuda"]
+    assert modules == ["fusedlr/_cpu", "fusedlr/_cuda", "fusedlr/_host"]
     calls = [call for call in log.read_text().splitlines() if "/nvcc " in call]
-    kernels = [call for call in calls if "cuda.cu " in call]
+    kernels = [call for call in calls if "cuda/step.cu " in call]
     assert sorted(re.findall(r"FUSEDLR_NAME=(\w+)", " ".join(kernels))) == ["bf16", "f16", "f32"]
     for call in kernels:
         assert re.findall(r"code=(\w+)", call) == ["sm_80", "sm_90", "compute_90"]
         assert "-fmad=false" in call and "fast-math" not in call
-    assert "-cudart static" in calls[-1]
+    assert [call for call in calls if "-cudart static" in call]
     # by the compiler of the rest
     assert all(f"-ccbin {shlex.split(cxx)[0]}" in call for call in calls)
 
@@ -191,7 +194,8 @@ def test_without_a_good_nvcc_the_rest_is_built(tree, compiler, broken):
     elif broken == "failing":
         nvcc, _ = compiler(name="nvcc", refused="FUSEDLR_NAME=f16")
     _, files = wheel(tree, CXX=cxx, NVCC=nvcc, FUSEDLR_CUDA="auto")
-    assert [re.sub(r"\..*", "", file) for file in files if file.endswith(".so")] == ["fusedlr/_cpu"]
+    modules = sorted(re.sub(r"\..*", "", file) for file in files if file.endswith(".so"))
+    assert modules == ["fusedlr/_cpu", "fusedlr/_host"]
     failed = setup(tree, "-q", "bdist_wheel", CXX=cxx, NVCC=nvcc, FUSEDLR_CUDA="1")
     why = "did not compile" if broken == "failing" else "cannot be compiled: "
     assert failed.returncode and f"the CUDA kernel {why}" in failed.stdout
@@ -214,19 +218,19 @@ def test_a_failed_build_in_place_leaves_no_module(tree, compiler):
 def test_the_sources_compiled_in_are_those_of_the_tree(tree, compiler):
     cxx, log = compiler()
     setup(tree, "-q", "build_ext", "--inplace", CXX=cxx)
-    assert f"-DFUSEDLR_SOURCES={digest(tree / 'csrc')} " in log.read_text()
-    before = digest(tree / "csrc")
+    assert f"-DFUSEDLR_SOURCES={digest(tree)} " in log.read_text()
+    before = digest(tree)
     (tree / "csrc" / "schedule.h").open("a").write("\n")
-    assert digest(tree / "csrc") != before
+    assert digest(tree) != before
     setup(tree, "-q", "build_ext", "--inplace", CXX=cxx)
-    assert f"-DFUSEDLR_SOURCES={digest(tree / 'csrc')} " in log.read_text()
+    assert f"-DFUSEDLR_SOURCES={digest(tree)} " in log.read_text()
     # a folder of that name beside an installed package is somebody else's
-    (tree / "csrc" / "cpu_module.cpp").unlink()
-    assert digest(tree / "csrc") == digest(tree / "nothing") == ""
+    (tree / "csrc" / "cpu" / "module.cpp").unlink()
+    assert digest(tree) == digest(tree / "nothing") == ""
 
 
 def test_a_module_older_than_its_sources_is_not_used(tree):
-    for module in ROOT.glob("fusedlr/_cpu*.so"):
+    for module in ROOT.glob("fusedlr/_*.so"):
         shutil.copy(module, tree / "fusedlr")
     why = "import fusedlr.backends.cpu as cpu; print(cpu.why_not([]))"
 
