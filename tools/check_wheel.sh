@@ -11,7 +11,7 @@ trap 'rm -rf "$away"' EXIT
 
 # a file of the package is in git, or is a module: nothing of an earlier build; no OpenMP runtime but torch's
 "$python" -m zipfile -l "$wheel" | sed -n 's/^\(fusedlr[^ ]*\) .*/\1/p' | sort >"$away/found"
-{ git ls-files fusedlr; git ls-files 'bench/*.py' | sed 's|^|fusedlr/|'; grep -E '^fusedlr/_(cpu|cuda)\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
+{ git ls-files fusedlr; git ls-files 'bench/*.py' | sed 's|^|fusedlr/|'; grep -E '^fusedlr/_(host|cpu|cuda)\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
     sort >"$away/expected"
 diff "$away/expected" "$away/found"
 # kernels for seven GPU architectures compress well
