@@ -50,6 +50,10 @@ result = {
     "weights": [p.double().sum().item() for p in trainer.model.parameters()],
 }
 Path(sys.argv[1], f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
+# threads of the process group that still run when Python is gone end the process by an abort
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
