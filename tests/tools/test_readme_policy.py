@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "readme_numbers.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "readme_numbers.py"
 if not (TOOL.exists() and (TOOL.parent.parent / "README.md").exists()):
     pytest.skip("the README is not beside the tests", allow_module_level=True)
 
