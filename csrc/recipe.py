@@ -30,7 +30,7 @@ LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-sh
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 # compressed machine code takes an eighth of the space
 NVCC_OPTIONS = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xfatbin -compress-all"
-# namespace -> type of the parameters: csrc/cuda.cu is compiled once for each
+# namespace -> type of the parameters: csrc/cuda/step.cu is compiled once for each
 CUDA_TYPES = {"f32": "float", "bf16": "BF16", "f16": "F16"}
 # Turing to Blackwell, as far as an nvcc goes; the last one's PTX is for what comes later
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)

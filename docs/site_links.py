@@ -1,7 +1,8 @@
 """For mkdocs: files beside docs/ (examples, say) are no part of the site, so links to them become names; the
 pages stand in the order of the list on the front page.
 
-Where the pages are read in the repository the links work; tests/test_readme.py sees that they lead somewhere.
+Where the pages are read in the repository the links work; tests/tools/test_readme.py sees that they lead
+somewhere.
 """
 
 import re

@@ -1,8 +1,8 @@
 """The definition of every learning rate schedule: phases in units of the peak, and what they give at a step.
 
-C++ and CUDA (csrc/schedule.h), Triton (fusedlr/_triton_schedule.py) and numpy (the tests' schedule_numpy.py)
-spell `phase_weights` again under the same names, and tests hold each of them to this file at every step. The
-reference step runs this file's own code on device tensors.
+C++ and CUDA (csrc/schedule.h), Triton (fusedlr/backends/gpu/triton_schedule.py) and numpy (the tests'
+schedule_numpy.py) spell `phase_weights` again under the same names, and tests hold each of them to this file
+at every step. The reference step runs this file's own code on device tensors.
 """
 
 from __future__ import annotations

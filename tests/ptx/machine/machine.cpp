@@ -1,6 +1,6 @@
 // The machine as a library: PTX in, launches on the memory of this process, reports out. Called by
-// machine.py; and, as the CUDA runtime, by the host code that nvcc makes of csrc/cuda.cu, whose launches are
-// the project's own.
+// machine.py; and, as the CUDA runtime, by the host code that nvcc makes of csrc/cuda/step.cu, whose launches
+// are the project's own.
 #include <memory>
 #include <mutex>
 
