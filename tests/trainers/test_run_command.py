@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,8 +23,11 @@ hf = pytest.importorskip("fusedlr.hf")
 ROOT = Path(fusedlr.__file__).resolve().parent.parent
 # the script knows nothing of fusedlr; its epsilon keeps the last bits of small gradients from deciding
 SCRIPT = """
-import json, os, sys
+import faulthandler, json, os, sys, time
 from pathlib import Path
+
+# a process that hangs says where it does, and ends
+faulthandler.dump_traceback_later(120, exit=True)
 
 import torch
 import beside
@@ -50,10 +54,11 @@ result = {
     "weights": [p.double().sum().item() for p in trainer.model.parameters()],
 }
 Path(sys.argv[1], f"rank{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
-# threads of the process group that still run when Python is gone end the process by an abort
-if torch.distributed.is_initialized():
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+# threads of the process group that still run when Python is gone may end the process by an abort, so each
+# process waits until all have written their results and ends at once
+while len(list(Path(sys.argv[1]).glob("rank*.json"))) < int(os.environ.get("WORLD_SIZE", 1)):
+    time.sleep(0.01)
+os._exit(0)
 """
 
 
@@ -71,18 +76,28 @@ def start(*command: str, folder: Path) -> list[dict[str, Any]]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": "",
+        # the processes find each other without asking for the machine's name
+        "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", *command, str(folder)],
         env=environment,
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        start_new_session=True,
+    ) as launched:
+        try:
+            output, _ = launched.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            # the launcher's processes too, and what they have said
+            os.killpg(launched.pid, signal.SIGKILL)
+            output, _ = launched.communicate()
+            pytest.fail(f"{command} did not end in 240 s: {output[-3000:]}")
+    assert launched.returncode == 0, output[-3000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
