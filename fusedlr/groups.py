@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -320,6 +320,61 @@ def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: A
     group["schedule"] = schedule.resolve(default_lr)
     group["initial_lr"] = float(peak)
     group["lr"] = group["schedule"].lr_at(0, group["initial_lr"])
+
+
+def checked_group(
+    param_group: Any, defaults: dict[str, Any], schedule: Schedule | None, *, joint: bool
+) -> dict[str, Any]:
+    """A copy of a group that is to be added, with plain values, its schedule, peak and first rate.
+
+    Args:
+        param_group: what the caller passed.
+        defaults: the optimizer's, for what the group does not say.
+        schedule: that of a group that has none of its own.
+        joint: whether all groups share one norm.
+
+    Raises:
+        TypeError: it is no dict, or its schedule no `Schedule`.
+        ValueError: an option is out of range, or parameters are duplicate.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+    group = {**param_group, **getattr(param_group, "own", {})}
+    # counts of another optimizer's run, if the dict came from one
+    group.pop("k", None), group.pop("k_at_step", None)
+    arguments.choice("join", group.get("join", False), (True, False))
+    if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
+        group["params"] = list(group["params"])
+        arguments.duplicates(group["params"])
+    checked = arguments.hyperparameters({**defaults, **group})
+    group.update((name, value) for name, value in checked.items() if name in group)
+    if "max_grad_norm" in group:
+        if joint:
+            raise ValueError(
+                f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
+                "joint groups share one norm"
+            )
+        group["max_grad_norm"] = arguments.max_grad_norm(group["max_grad_norm"])
+    give_schedule(group, schedule, defaults["lr"])
+    return group
+
+
+def begin(groups: Sequence[Any], schedule: Schedule, default_lr: Any) -> None:
+    """Give every group this schedule; its peak is its `initial_lr`, or else its `lr`.
+
+    Raises:
+        TypeError: it is no `Schedule`.
+        ValueError: a rate is a tensor, or an absolute level is above `default_lr`. Nothing has been changed
+            then.
+    """
+    # None, which is allowed where a schedule is optional, is no schedule here
+    check_schedule(schedule if schedule is not None else "None")
+    peaks = [group.get("initial_lr", group["lr"]) for group in groups]
+    check_rates(*peaks, default_lr)
+    resolved = schedule.resolve(default_lr)
+    for group, peak in zip(groups, peaks, strict=True):
+        group.set_quietly("schedule", resolved)
+        group.set_quietly("initial_lr", float(peak))
 
 
 def lengthen(groups: Sequence[Any], default: Schedule | None, total_steps: int) -> Schedule | None:

@@ -5,55 +5,32 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import chain
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
-from fusedlr import arguments, backends, checkpoint
-from fusedlr.counts import Counts, UpdateCounts
+from fusedlr import arguments, backends, checkpoint, hooks
+from fusedlr.counts import Counts
 from fusedlr.eager import eager
 from fusedlr.groups import (
     Notes,
-    Options,
     ParamGroup,
-    check_rates,
-    give_schedule,
+    begin,
+    checked_group,
     has_schedule,
     lengthen,
     skips_nonfinite,
     warn_absolute,
-    warn_assigned,
 )
-from fusedlr.reference import Signals, is_fake
+from fusedlr.planner import NO_SIGNALS, Planner, choose_backend
+from fusedlr.reference import Signals
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
-from fusedlr.step import (
-    Plan,
-    allocate,
-    check_capture,
-    device_of,
-    devices_of,
-    is_allocated,
-    measure,
-    only_allocates,
-    prepare,
-    warn_parts,
-    warn_without_gradients,
-)
-
-_NO_SIGNALS = Signals()
-_ALLOCATE_BEFORE_CAPTURE = (
-    "make one step outside the CUDA graph before capturing it: the state is allocated there"
-)
-_NO_NORM_IN_CAPTURE = (
-    "grad_norm() cannot be captured in a CUDA graph: a captured step computes the norm, which metrics() has"
-)
+from fusedlr.step import device_of
 
 
 class FusedAdamW(Optimizer):
@@ -161,7 +138,7 @@ class FusedAdamW(Optimizer):
         defaults.update(arguments.hyperparameters(defaults))
         super().__init__(params, defaults)
         self._start(k=[0] * len(self.param_groups))
-        self._choose_backend(warn=False)
+        choose_backend(self.param_groups, backend)
         warn_absolute(self.param_groups, self._settings["schedule"], self.defaults["lr"])
 
     def _start(self, k: list[int], skipped: list[int] | None = None) -> None:
@@ -170,18 +147,12 @@ class FusedAdamW(Optimizer):
             self._step_supports_amp_scaling = True
         # one step at a time, whichever threads make them
         self._lock = threading.RLock()
-        self._plan: Plan | None = None
-        # whose gradients `grad_norm` has just measured
-        self._measured: Plan | None = None
-        self._options: Options | None = None
-        self._updates = UpdateCounts()
         self._view: weakref.ref[ScheduleView] | None = None
-        self._warned_assigned = self._warned_fallback = False
-        self._warned_parts = self._warned_gradients = False
         device = device_of(self.param_groups, torch.device("cpu"))
         self._counts = Counts(
             self.param_groups, self._notes, self.defaults, device, k, skipped, joint=self._joint
         )
+        self._planner = Planner(self._settings, self._notes, self._counts)
 
     @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -196,147 +167,40 @@ class FusedAdamW(Optimizer):
         Raises:
             RuntimeError: a gradient cannot be used; names the parameter. Nothing has been changed then.
         """
-        # torch wraps `step` in a profiler range and two hook loops that cost as much as a small step
-        hooked = (
-            torch.autograd._profiler_enabled()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-        )
-        with self._hooks(closure) if hooked else nullcontext(closure) as closure:
+        with hooks.around(self, closure) if hooks.wanted(self) else nullcontext(closure) as closure:
             loss = None
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
             with self._lock:
-                signals, plan, before = self._signals(), self._plan, self._counts.k
-                measured, self._measured = self._measured, None
+                planner, before = self._planner, self._counts.k
+                plan, groups = planner.plan, self.param_groups
                 try:
-                    if plan is not None and not plan.watch.unchanged(self.param_groups, self.state):
-                        plan = None
-                    if plan is None or self._notes.changed:
-                        plan = self._renewed(plan)
-                    if plan is None:
-                        # the state has been allocated, which was all that this step was for
-                        return loss
-                    if self._is_capturing():
-                        check_capture(self.param_groups)
-                        # every replay has gradients of its own
-                        measured = None
-                    if measured is plan and signals is _NO_SIGNALS and plan.watch.same_gradients():
-                        made = plan.stepper.update(signals)
-                    else:
-                        made = plan.stepper.step(signals)
-                    self._after_step(plan, made)
+                    signals = self._signals()
+                    if plan is None or self._notes.changed or not plan.watch.unchanged(groups, self.state):
+                        # None if this step was only to allocate the state
+                        plan = planner.plan_for(groups, self.state)
+                    if plan is not None:
+                        run = plan.stepper.update if planner.is_measured(plan, signals) else plan.stepper.step
+                        planner.made(plan, run(signals))
                 except BaseException:
                     # an interrupt may come when the step is made and the host does not know of it
                     made = self._counts.recover(before)
-                    if made is not None and plan is not None:
-                        self._after_step(plan, made)
+                    if made is not None and plan is not None and planner.plan is plan:
+                        planner.made(plan, made)
                     raise
                 finally:
-                    if self._plan is not None:
-                        self._plan.watch.release()
+                    planner.release()
         return loss
 
     # tells torch.optim.Optimizer that the hooks are dispatched here
     step.hooked = True  # type: ignore[attr-defined]
 
-    @contextmanager
-    def _hooks(self, closure: Callable[[], Any] | None) -> Iterator[Callable[[], Any] | None]:
-        """Run step hooks around a step, in a profiler range; gives the closure that they leave."""
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-            args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-            kwargs: dict[str, Any] = {}
-            before = torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks
-            for hook in chain.from_iterable(hooks.values() for hooks in before if hooks):
-                result = hook(self, args, kwargs)
-                if result is None:
-                    continue
-                if not (isinstance(result, tuple) and len(result) == 2):
-                    raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
-                args, kwargs = result
-            yield args[1] if len(args) > 1 else kwargs.get("closure")
-            # where torch's profilers put their mark
-            self._optimizer_step_code()
-            after = self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks
-            for hook in chain.from_iterable(hooks.values() for hooks in after if hooks):
-                hook(self, args, kwargs)
-
     def _signals(self) -> Signals:
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and inf is None:
-            return _NO_SIGNALS
+            return NO_SIGNALS
         return Signals(arguments.one_element("grad_scale", scale), arguments.one_element("found_inf", inf))
-
-    def _renewed(self, plan: Plan | None, *, may_only_allocate: bool = True) -> Plan | None:
-        """A plan for what is there now: the given one with other options if it can take them, or a new one.
-
-        None if the step was only to allocate the state.
-        """
-        self._counts.adopt(self.param_groups)
-        if plan is None or not plan.fits(self.param_groups, self._counts.counters):
-            return self._prepare(may_only_allocate=may_only_allocate)
-        self._options = options = self._new_options()
-        plan.stepper.assign(options.groups, options.scopes)
-        return plan
-
-    def _prepare(self, *, may_only_allocate: bool = True) -> Plan | None:
-        """Check everything and make the plan; None if the step was only to allocate the state."""
-        before, self._plan = self._plan, None
-        if before is not None and not self._warned_parts:
-            self._warned_parts = warn_parts(before, self.param_groups)
-        backend = self._choose_backend()
-        # what is not a number raises here, before any group has been updated
-        options = self._new_options()
-        if not self._warned_gradients:
-            self._warned_gradients = warn_without_gradients(self.param_groups)
-        arguments = self.param_groups, self.state, options, self._updates, self._settings["state_dtype"]
-        if may_only_allocate and only_allocates(self.param_groups, self.state, self._notes):
-            allocate(*arguments)
-            self._notes.clear()
-            self._notes.changed = True
-            return None
-        groups, state, _, updates, state_dtype = arguments
-        if self._is_capturing() and not is_allocated(groups, state, updates, state_dtype):
-            # tensors allocated while a CUDA graph is captured have no values until it is replayed
-            raise RuntimeError(_ALLOCATE_BEFORE_CAPTURE)
-        self._plan = prepare(groups, state, options, self._counts, updates, backend, state_dtype)
-        self._options = options
-        return self._plan
-
-    def _new_options(self) -> Options:
-        options = Options.of(
-            self.param_groups,
-            self._notes,
-            joint=self._joint,
-            max_grad_norm=self.max_grad_norm,
-            nonfinite=self._settings["nonfinite"],
-        )
-        # taken anew for the next step, if a schedule then takes over again or a value may change in place
-        self._notes.changed = bool(options.overruled) or not options.kept
-        return options
-
-    def _after_step(self, plan: Plan, made: Any) -> None:
-        """Show the rate just used in `group["lr"]` and count the step on the host."""
-        counts, options = self._counts, self._options
-        assert options is not None
-        for i, step in enumerate(options.groups):
-            if step.schedule is not None:
-                rate = made.lr[i] if made is not None else step.schedule.lr_at(counts.k[i], step.peak)
-                self.param_groups[i].show(rate)
-        for i in options.overruled:
-            self.param_groups[i].shown_lr = None
-            if not self._warned_assigned:
-                self._warned_assigned = warn_assigned(i, plan.groups[i], counts.k[i])
-        self._notes.clear()
-        counts.made(made, () if made is not None else plan.stepper.active())
-
-    def _is_capturing(self) -> bool:
-        """Whether the step becomes part of a CUDA graph."""
-        k = self._counts.counters.k
-        return k.is_cuda and not is_fake(k) and torch.cuda.is_current_stream_capturing()
 
     @eager
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -369,26 +233,8 @@ class FusedAdamW(Optimizer):
         Raises:
             ValueError: an option is out of range or parameters are duplicate. Nothing has been added then.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        group = {**param_group, **getattr(param_group, "own", {})}
-        # counts of another optimizer's run, if the dict came from one
-        group.pop("k", None), group.pop("k_at_step", None)
+        group = checked_group(param_group, self.defaults, self._settings["schedule"], joint=self._joint)
         join = group.pop("join", False)
-        arguments.choice("join", join, (True, False))
-        if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
-            arguments.duplicates(group["params"])
-        checked = arguments.hyperparameters({**self.defaults, **group})
-        group.update((name, value) for name, value in checked.items() if name in group)
-        if "max_grad_norm" in group:
-            if self._joint:
-                raise ValueError(
-                    f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
-                    "joint groups share one norm"
-                )
-            group["max_grad_norm"] = arguments.max_grad_norm(group["max_grad_norm"])
-        give_schedule(group, self._settings["schedule"], self.defaults["lr"])
         super().add_param_group(group)
         self.param_groups[-1] = added = ParamGroup(group, self._notes)
         if has_schedule(added):
@@ -411,15 +257,8 @@ class FusedAdamW(Optimizer):
             TypeError: `schedule` is not a `Schedule`.
             ValueError: a group's lr is a tensor, or an absolute level is above the optimizer's `lr`.
         """
-        # None, which is allowed where a schedule is optional, is no schedule here
-        check_schedule(schedule if schedule is not None else "None")
         self._counts.adopt(self.param_groups)
-        peaks = [group.get("initial_lr", group["lr"]) for group in self.param_groups]
-        check_rates(*peaks, self.defaults["lr"])
-        resolved = schedule.resolve(self.defaults["lr"])
-        for group, peak in zip(self.param_groups, peaks, strict=True):
-            group.set_quietly("schedule", resolved)
-            group.set_quietly("initial_lr", float(peak))
+        begin(self.param_groups, schedule, self.defaults["lr"])
         self._settings["schedule"] = schedule
         self._notes.changed = True
         self._counts.go_to(self.param_groups, [0] * len(self.param_groups))
@@ -479,22 +318,7 @@ class FusedAdamW(Optimizer):
         """
         scale = arguments.one_element("grad_scale", grad_scale)
         with self._lock:
-            if self._is_capturing():
-                raise RuntimeError(_NO_NORM_IN_CAPTURE)
-            try:
-                plan = self._plan
-                if plan is not None and not plan.watch.unchanged(self.param_groups, self.state):
-                    plan = None
-                if plan is None or self._notes.changed:
-                    plan = self._renewed(plan, may_only_allocate=False)
-                assert plan is not None and self._options is not None
-                measure(plan, self._options, Signals(scale))
-                plan.watch.remember_gradients()
-            finally:
-                if self._plan is not None:
-                    self._plan.watch.release()
-            self._measured = plan if scale is None and self._settings["amp_scaling"] else None
-            norms = self._counts.counters.squares.sqrt()
+            norms = self._planner.measure(self.param_groups, self.state, scale)
         return norms[0] if self._joint else norms[: len(self.param_groups)]
 
     @property
@@ -546,16 +370,18 @@ class FusedAdamW(Optimizer):
         skipped = counts.read_skipped()
         own = checkpoint.own_state(self.param_groups, self.state, k, skipped, joint=self._joint)
         # post-hooks are to see what is saved, so they run on the finished dict
-        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        post_hooks, self._optimizer_state_dict_post_hooks = (
+            self._optimizer_state_dict_post_hooks,
+            OrderedDict(),
+        )
         try:
             state_dict = super().state_dict()
         finally:
-            self._optimizer_state_dict_post_hooks = hooks
+            self._optimizer_state_dict_post_hooks = post_hooks
         checkpoint.complete(state_dict, self.param_groups, own)
-        for hook in hooks.values():
+        for hook in post_hooks.values():
             result = hook(self, state_dict)
-            if result is not None:
-                state_dict = result
+            state_dict = state_dict if result is None else result
         return state_dict
 
     @eager
@@ -630,8 +456,9 @@ class FusedAdamW(Optimizer):
         k, skipped, own = state.pop("_k", None), state.pop("_skipped", None), state.pop("_own", None)
         super().__setstate__(state)
         self.__dict__.setdefault("_notes", Notes()).clear()
-        # the plan belongs to the state that is being replaced
-        self._plan = None
+        if "_planner" in self.__dict__:
+            # the plan belongs to the state that is being replaced
+            self._planner.plan = None
         self._notes.changed = True
         own = own or [getattr(group, "own", None) for group in self.param_groups]
         self.param_groups = [
@@ -672,19 +499,7 @@ class FusedAdamW(Optimizer):
     @property
     def backend(self) -> str:
         """Name of the backend that runs the step."""
-        return self._choose_backend(warn=False).name
-
-    def _choose_backend(self, warn: bool = True) -> backends.Backend:
-        if any(is_fake(p) for group in self.param_groups for p in group["params"]):
-            # kernels need addresses
-            return backends.BACKENDS["reference"]
-        devices = devices_of(self.param_groups)
-        backend = backends.choose(self._settings["backend"], devices)
-        fallback = backend.name == "reference" and backends.requested(self._settings["backend"])[0] == "auto"
-        if warn and fallback and not self._warned_fallback:
-            self._warned_fallback = True
-            backends.warn_fallback(devices)
-        return backend
+        return choose_backend(self.param_groups, self._settings["backend"]).name
 
     def __repr__(self) -> str:
         """torch's listing of the groups, then what is fused, and the schedules that groups do not list."""

@@ -216,14 +216,14 @@ def rates_given(optimizer: fusedlr.FusedAdamW) -> bool:
 
 def prepare_anew(optimizer: fusedlr.FusedAdamW) -> None:
     """Let the next step find everything out again."""
-    optimizer._plan = None
+    optimizer._planner.plan = None
 
 
 def step_as_prepared(optimizer: fusedlr.FusedAdamW) -> bool:
     """Make a step; returns whether it was made with the plan of the step before."""
-    before = optimizer._plan
+    before = optimizer._planner.plan
     optimizer.step()
-    return before is not None and optimizer._plan is before
+    return before is not None and optimizer._planner.plan is before
 
 
 @dataclass

@@ -226,11 +226,11 @@ def test_gradients_that_come_and_go_make_no_new_plan(gpu_backend: str, groups: s
 
     def before(optimizer: Any, k: int) -> None:
         leave_some_out(optimizer, k)
-        plans.append(optimizer._plan)
+        plans.append(optimizer._planner.plan)
 
     ours = train(gpu_backend, two_groups, steps=6, before=before, groups=groups)
     compare(ours, train("reference", two_groups, steps=6, before=leave_some_out, groups=groups))
-    assert len({id(plan) for plan in plans[1:]}) == 1 and ours._plan is plans[-1]
+    assert len({id(plan) for plan in plans[1:]}) == 1 and ours._planner.plan is plans[-1]
 
 
 def test_an_empty_tensor_counts_when_it_has_a_gradient(gpu_backend: str) -> None:
@@ -292,12 +292,12 @@ def test_rates_that_are_given_anew_upload_nothing_but_rates(
     optimizer = train(gpu_backend, two_groups, steps=4, before=before, **options)
     compare(optimizer, train("reference", two_groups, steps=4, before=before, **options))
     graphs = optimizer._counts.counters.graphs
-    plan, uploads = optimizer._plan, count_calls(monkeypatch, Table, "_upload")
+    plan, uploads = optimizer._planner.plan, count_calls(monkeypatch, Table, "_upload")
     for k in range(4, 7):
         before(optimizer, k)
         optimizer.step()
         assert optimizer.metrics()["lr"].tolist() == pytest.approx([0.01 / (1 + k), 0.02 / (1 + k)], rel=1e-6)
-    assert optimizer._plan is plan
+    assert optimizer._planner.plan is plan
     assert len(uploads) == 3 and {id(table) for table, _ in uploads} == {id(graphs.rates)}
     optimizer.step()
     assert len(uploads) == 3

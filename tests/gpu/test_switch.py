@@ -24,7 +24,7 @@ def make() -> list[dict[str, Any]]:
 def go_to(backend: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDLR_BACKEND", backend)
     # the backend is chosen when a plan is made
-    optimizer._plan = None
+    optimizer._planner.plan = None
     assert optimizer.backend == backend
 
 

@@ -1,0 +1,94 @@
+"""Whether a step can use a gradient or an entry of the state, and if not, why: the words of its errors."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedlr.columns import STATE
+
+# what a moment may be put in as; whole numbers are turned into floating point
+_MOMENTS = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+SHARDED = (
+    "a parameter sharded by FSDP has no gradient norm here: clip with FSDP's clip_grad_norm_, and pass "
+    "max_grad_norm=None and nonfinite='propagate'"
+)
+
+
+def gradient_misfit(p: Tensor, normed: bool) -> str | None:
+    """Why the gradient of `p` cannot update it, or be part of a norm if it is `normed`."""
+    grad = p.grad
+    assert grad is not None
+    # set by FSDP on what it shards: every rank would clip and skip by its own part
+    if normed and getattr(p, "_fsdp_flattened", False):
+        return SHARDED
+    for x, what in ((p, "a parameter"), (grad, "a gradient")):
+        if type(x).__name__ == "DTensor":
+            return f"{what} that is a DTensor is not supported: no norm over shards is defined here"
+        if x.is_complex():
+            return f"{what} that is complex is not supported"
+    if grad.layout != torch.strided:
+        return f"a gradient of layout {grad.layout} is not supported: gradients must be dense"
+    if grad.dtype != p.dtype:
+        return f"its gradient is {grad.dtype} but the parameter is {p.dtype}"
+    if grad.device != p.device:
+        return f"its gradient is on {grad.device} but the parameter is on {p.device}"
+    if grad.shape != p.shape:
+        return f"its gradient has shape {tuple(grad.shape)} but the parameter has {tuple(p.shape)}"
+    if not p.is_floating_point():
+        return f"a parameter of dtype {p.dtype} cannot be optimized"
+    if p.device.type == "meta":
+        return "a parameter on the meta device has no numbers to update"
+    for x, what in ((p, "the parameter"), (grad, "its gradient")):
+        # FSDP leaves parameters whose storage has been freed
+        if _is_freed(x):
+            return f"the memory of {what} has been freed"
+    if _share_memory(p):
+        return f"a parameter whose elements share memory, stride {p.stride()}, cannot be updated in place"
+    return None
+
+
+def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
+    """Why this state does not belong to this parameter."""
+    if entry is not None and not isinstance(entry, dict):
+        return f"its state is a {type(entry).__name__}, expected a dict"
+    for key in STATE:
+        if not entry or key not in entry:
+            continue
+        value = entry[key]
+        if not isinstance(value, Tensor):
+            return f"its {key} is a {type(value).__name__}, expected a tensor"
+        if value.shape != p.shape:
+            return f"its {key} has shape {tuple(value.shape)} but the parameter has {tuple(p.shape)}"
+        if value.device != p.device:
+            return f"its {key} is on {value.device} but the parameter is on {p.device}"
+        if value.layout != torch.strided:
+            return f"its {key} is of layout {value.layout}, expected a dense tensor"
+        if value.dtype not in _MOMENTS:
+            return f"its {key} is {value.dtype}, expected a floating point number of 16 bits or more"
+        if _share_memory(value):
+            return f"its {key} has elements that share memory, stride {value.stride()}"
+        if _is_freed(value):
+            return f"the memory of its {key} has been freed"
+    step = entry.get("step", 0) if entry else 0
+    if isinstance(step, Tensor) and step.numel() != 1:
+        return f"its step has shape {tuple(step.shape)}, expected one element"
+    if not isinstance(step, (Tensor, Real)):
+        return f"its step is {step!r}, expected a number"
+    return None
+
+
+def _share_memory(x: Tensor) -> bool:
+    """Whether elements of a tensor lie in one place, so that it cannot be updated."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+
+
+def _is_freed(x: Tensor) -> bool:
+    return bool(type(x) in (Tensor, torch.nn.Parameter) and x.numel() and not x.data_ptr())
