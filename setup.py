@@ -1,9 +1,7 @@
 """Builds the compiled modules from csrc/; metadata lives in pyproject.toml, how to compile in csrc/recipe.py.
 
-FUSEDLR_CPU=auto|0|1: fusedlr._cpu if it can be built (the default), never, or else fail.
-FUSEDLR_CUDA=auto|0|1: the same for fusedlr._cuda, which takes nvcc; FUSEDLR_CUDA_ARCHS="80 90" says for what.
-fusedlr._host, which both need, is built with either.
-CXX, CXXFLAGS, LDFLAGS and NVCC are the compilers, with arguments if need be, and more flags.
+FUSEDLR_CPU=auto|0|1: the modules if they can be built (the default), never, or else fail.
+CXX, CXXFLAGS and LDFLAGS are the compiler, with arguments if need be, and more flags.
 """
 
 import os
@@ -17,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -27,17 +26,11 @@ import recipe  # noqa: E402
 from fusedlr.columns import header  # noqa: E402
 from fusedlr.sources import digest  # noqa: E402
 
-# module -> what it is, and the variable that asks for it
-MODULES = {
-    "_host": ("compiled watch", "FUSEDLR_CPU"),
-    "_cpu": ("C++ kernel", "FUSEDLR_CPU"),
-    "_cuda": ("CUDA kernel", "FUSEDLR_CUDA"),
-}
-WANTED = {module: os.environ.get(variable) or "auto" for module, (_, variable) in MODULES.items()}
-for module, wanted in WANTED.items():
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"{MODULES[module][1]}={wanted!r} is unknown, expected auto, 0 or 1")
-WANTED["_host"] = max(WANTED["_cpu"], WANTED["_cuda"], key=("0", "auto", "1").index)
+# module -> what it is
+MODULES = {"_host": "compiled watch", "_cpu": "C++ kernel", "_cuda": "launcher of the CUDA kernels"}
+WANTED = os.environ.get("FUSEDLR_CPU") or "auto"
+if WANTED not in ("auto", "0", "1"):
+    sys.exit(f"FUSEDLR_CPU={WANTED!r} is unknown, expected auto, 0 or 1")
 
 
 class NinjaBuild(build_ext):
@@ -58,11 +51,7 @@ class NinjaBuild(build_ext):
         if sys.platform == "win32":
             self.missed(outputs, "has not been tried on Windows: the package runs its reference")
             return
-        try:
-            self.compile(outputs)
-        except recipe.Unavailable as why:
-            self.missed({"_cuda": outputs.pop("_cuda")}, f"cannot be compiled: {why}")
-            self.compile(outputs)
+        self.compile(outputs)
         self.missed(outputs, "did not compile (see above)")
 
     def compile(self, outputs):
@@ -84,11 +73,22 @@ class NinjaBuild(build_ext):
         for module, output in outputs.items():
             if output.exists():
                 continue
-            name, variable = MODULES[module]
-            text = f"the {name} {why}: {variable}=0 leaves it out"
-            if WANTED[module] == "1":
+            text = f"the {MODULES[module]} {why}: FUSEDLR_CPU=0 leaves it out"
+            if WANTED == "1":
                 raise CompileError(text)
             self.warn(text)
+
+
+class Sources(build_py):
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            # the package finds them in the checkout
+            return
+        for name in recipe.KERNEL_SOURCES:
+            target = Path(self.build_lib, "fusedlr", "csrc", name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / "csrc" / name, target)
 
 
 class CleanBuild(build):
@@ -110,9 +110,9 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=[
-        Extension(f"fusedlr.{module}", [f"csrc/{module[1:]}/module.cpp"], optional=wanted != "1")
-        for module, wanted in WANTED.items()
-        if wanted != "0"
+        Extension(f"fusedlr.{module}", [f"csrc/{module[1:]}/module.cpp"], optional=WANTED != "1")
+        for module in MODULES
+        if WANTED != "0"
     ],
-    cmdclass={"build_ext": NinjaBuild, "build": CleanBuild, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": NinjaBuild, "build": CleanBuild, "build_py": Sources, "bdist_wheel": Wheel},
 )

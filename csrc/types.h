@@ -10,7 +10,7 @@ namespace fusedlr {
 // the order of TYPES in fusedlr/backends/compiled.py
 enum Type : int { kF64, kF32, kBF16, kF16 };
 
-static inline int64_t size_of(Type type) { return type == kF64 ? 8 : type == kF32 ? 4 : 2; }
+FUSEDLR_HD int64_t size_of(Type type) { return type == kF64 ? 8 : type == kF32 ? 4 : 2; }
 
 struct BF16 {
     uint16_t bits;

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
 
-from fusedlr import __version__, demo, plot, run
+from fusedlr import __version__, demo, info, plot, run
 from fusedlr.console import Parser
 
 # the checkout, or where the package is installed
 ROOT = Path(__file__).resolve().parent.parent
-# what a bug report should name
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
-# they change what runs, and are easily forgotten in a shell; others hold paths
-_VARIABLES = ("FUSEDLR_BACKEND", "FUSEDLR_CPU_ISA", "TRITON_INTERPRET")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torchrun -m fusedlr run train.py, accelerate launch -m fusedlr run train.py",
     )
     run.add_arguments(run_parser)
-    commands.add_parser(
+    info_parser = commands.add_parser(
         "info",
-        help="versions, devices, and which backend would run; for bug reports",
-        description="Print versions, devices, the backend that would run on each, and why the others would "
-        "not: what a bug report should start with.",
+        help="versions, devices, which backend would run, and the compiled CUDA kernels; for bug reports",
+        description="Print versions, devices, the backend that would run on each, why the others would not, "
+        "and which CUDA kernels are compiled: what a bug report should start with. CUDA kernels are compiled "
+        "at the first step on a GPU; --compile does it now.",
     )
+    info.add_arguments(info_parser)
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -83,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return plot.run(args, plot_parser)
     if args.command == "run":
         return run.run(args, run_parser)
-    print(info())
-    return 0
+    return info.run(args, info_parser)
 
 
 def bench_package() -> ModuleType:
@@ -103,51 +99,3 @@ def bench_package() -> ModuleType:
     sys.modules[name] = module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def info() -> str:
-    """Versions, devices, and for every device which backend runs there and why the others do not."""
-    import torch
-
-    from fusedlr import backends
-    from fusedlr.backends import compiled, cpu
-    from fusedlr.backends.gpu import cuda
-
-    lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"{name} {_version(name)}" for name in _PACKAGES]
-    lines.append(
-        f"torch was built for CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"
-    )
-    lines += [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
-    lines.append(
-        f"CPU threads {torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
-    )
-    devices = [torch.device("cpu")]
-    if cpu.why_not(devices) is None:
-        threads = "with OpenMP" if cpu.openmp() else "without OpenMP: one thread"
-        lines.append(f"C++ kernel {threads}; instruction set {cpu.isa()} of {', '.join(cpu.isas())}")
-    if compiled.cuda is not None and compiled.cuda.device_type == "cuda":
-        inside = ", ".join(map(cuda.dotted, cuda.archs()))
-        built = cuda.version(compiled.cuda.toolkit)
-        lines.append(f"CUDA kernel built by CUDA {built} for compute capability {inside} and newer")
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        capability = f"compute capability {gpu.major}.{gpu.minor}"
-        lines.append(f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
-        devices.append(torch.device("cuda", i))
-    for device in devices:
-        try:
-            lines.append(f"on {device}: backend {backends.choose('auto', [device]).name}")
-        except (RuntimeError, ValueError) as error:
-            lines.append(f"on {device}: no backend: {error}")
-        lines += [f"  {name}: {why}" for name, why in backends.reasons([device]).items() if why]
-    if len(devices) > 1:
-        lines.append("float64 tensors on a GPU run through the reference step")
-    return "\n".join(lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -122,9 +122,6 @@ def install(level):
     write(constraints, "\n".join([*kept, "torch==" + torch, ""]))
     # the build's needs go into .venv, not into an isolated one: quicker, and works offline if they are there
     requires = re.search(r"^requires = \[(.*)\]", read(os.path.join(ROOT, "pyproject.toml")), re.M).group(1)
-    if level == "demo" and shutil.which("nvidia-smi") is None:
-        # its kernels take minutes to compile, and there is no GPU to run them
-        os.environ.setdefault("FUSEDLR_CUDA", "0")
     write(BUSY, "")
     pip("-c", constraints, *re.findall(r'"(.*?)"', requires))
     pip("-c", constraints, "--no-build-isolation", "-e", ROOT + LEVELS[level])

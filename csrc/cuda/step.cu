@@ -1,5 +1,5 @@
-// The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. setup.py compiles
-// this once per type of the parameters, FUSEDLR_TYPE, in namespace FUSEDLR_NAME.
+// The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. NVRTC compiles it
+// for the GPU at hand: see fusedlr/backends/gpu/kernels.py. P is the type of parameters, M that of moments.
 //
 // A block has one chunk of one tensor. Its first thread finds out what holds for the chunk while the others
 // fetch it. The last block of all adds up the sums of squares, or moves the counters: nothing needs the host.
@@ -10,31 +10,18 @@
 #include "../adamw.h"
 
 namespace fusedlr {
-namespace FUSEDLR_NAME {
 namespace {
 
-using P = FUSEDLR_TYPE;
-
-constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffff;
 // what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 constexpr float kClipEps = 1e-6f;
 
-// The parameters of a launch: the fewer bytes, the sooner it starts. Up to 4 KB go through any driver's fast
-// path; 32,764 bytes are the most that compute capability 7.0 takes, from CUDA 12.1 on.
+// the address of a row's gradient, 0 where it is missing
 template <int N>
-struct Launch {
-    Step step;
-    uint64_t gradients[N];
-
-    // the address of a row's gradient, 0 where it is missing
-    __device__ uint64_t gradient(int64_t i) const {
-        return step.gradients ? step.gradients[i] : gradients[i];
-    }
-};
-constexpr int kFew = (4096 - sizeof(Step)) / 8;
-constexpr int kMany = (32764 - sizeof(Step)) / 8;
+__device__ uint64_t gradient_of(const Launch<N>& launch, int64_t i) {
+    return launch.step.gradients ? launch.step.gradients[i] : launch.gradients[i];
+}
 
 // n elements that are moved at once, by accesses of 16 bytes where there are that many
 template <class T, int n>
@@ -42,12 +29,47 @@ struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Wide {
     T x[n];
 };
 
+// An unsigned type of so many bytes. Elements are read and written as such, by accesses that say that the
+// memory is global: a pointer from a table does not, and each access would find out. They stay out of the
+// first cache, because nothing is read twice.
+template <int bytes>
+struct Bits;
+template <>
+struct Bits<2> {
+    using Type = unsigned short;
+};
+template <>
+struct Bits<4> {
+    using Type = unsigned;
+};
+template <>
+struct Bits<8> {
+    using Type = uint2;
+};
+template <>
+struct Bits<16> {
+    using Type = uint4;
+};
+
 template <class T>
-__device__ T* global(uint64_t address) {
-    T* const pointer = reinterpret_cast<T*>(address);
-    // or each access would find out what kind of memory it is
-    __builtin_assume(__isGlobal(pointer));
-    return pointer;
+__device__ T read_global(const T* from) {
+    using Type = typename Bits<sizeof(T)>::Type;
+    const Type bits = __ldcg(reinterpret_cast<const Type*>(from));
+    T x;
+    std::memcpy(&x, &bits, sizeof(T));
+    return x;
+}
+
+template <class T>
+__device__ void write_global(T* to, const T& x) {
+    typename Bits<sizeof(T)>::Type bits;
+    std::memcpy(&bits, &x, sizeof(T));
+    __stcg(reinterpret_cast<typename Bits<sizeof(T)>::Type*>(to), bits);
+}
+
+template <class T>
+__device__ T* pointer(uint64_t address) {
+    return reinterpret_cast<T*>(address);
 }
 
 // a schedule's phases as schedule.h reads them
@@ -98,7 +120,7 @@ __device__ float lr_at(const Step& step, const GroupInts& ints, const GroupFloat
         const PhaseRows rows = {phases + ints.first_phase, levels + ints.first_phase};
         return floats.peak * evaluate(rows, ints.last_phase - ints.first_phase, table, k);
     }
-    return ints.lr ? *global<const float>(uint64_t(ints.lr)) : given;
+    return ints.lr ? *pointer<const float>(uint64_t(ints.lr)) : given;
 }
 
 // t: updates made
@@ -127,7 +149,7 @@ template <int N>
 __device__ Place place(const Launch<N>& launch, const ChunkRow& chunk) {
     // -1 is the empty chunk of a group without elements
     if (chunk.tensor < 0) return {nullptr, 0, 0, 0};
-    const uint64_t gradient = launch.gradient(chunk.tensor);
+    const uint64_t gradient = gradient_of(launch, chunk.tensor);
     if (!gradient) return {nullptr, 0, 0, 0};
     const TensorRow* const row = launch.step.tensors + chunk.tensor;
     const int64_t begin = chunk.index * kChunkElements, left = row->numel - begin;
@@ -139,7 +161,7 @@ __device__ int wide_elements(const Place& place, uint64_t addresses, int each) {
     return addresses % 16 ? 0 : int(place.count / each * each);
 }
 
-template <class M, bool AMSGRAD>
+template <class P, class M, bool AMSGRAD>
 struct Arrays {
     P* p;
     const P* g;
@@ -147,29 +169,29 @@ struct Arrays {
 
     Arrays() = default;
     __device__ explicit Arrays(const Place& at)
-        : p(global<P>(uint64_t(at.row->param)) + at.begin),
-          g(global<const P>(at.gradient) + at.begin),
-          m(global<M>(uint64_t(at.row->exp_avg)) + at.begin),
-          v(global<M>(uint64_t(at.row->exp_avg_sq)) + at.begin),
+        : p(pointer<P>(uint64_t(at.row->param)) + at.begin),
+          g(pointer<const P>(at.gradient) + at.begin),
+          m(pointer<M>(uint64_t(at.row->exp_avg)) + at.begin),
+          v(pointer<M>(uint64_t(at.row->exp_avg_sq)) + at.begin),
           // a group without amsgrad may share the launch
-          v_max(AMSGRAD && at.row->max_exp_avg_sq ? global<M>(uint64_t(at.row->max_exp_avg_sq)) + at.begin
+          v_max(AMSGRAD && at.row->max_exp_avg_sq ? pointer<M>(uint64_t(at.row->max_exp_avg_sq)) + at.begin
                                                   : nullptr) {}
 };
 
 // n elements, in registers
-template <class M, bool AMSGRAD, int n>
+template <class P, class M, bool AMSGRAD, int n>
 struct Elements {
     P p[n], g[n];
     M m[n], v[n], v_max[n];
 
-    __device__ void read(const Arrays<M, AMSGRAD>& from, int i) {
-        copy(p, from.p + i), copy(g, from.g + i), copy(m, from.m + i), copy(v, from.v + i);
-        if (AMSGRAD && from.v_max) copy(v_max, from.v_max + i);
+    __device__ void read(const Arrays<P, M, AMSGRAD>& from, int i) {
+        fetch(p, from.p + i), fetch(g, from.g + i), fetch(m, from.m + i), fetch(v, from.v + i);
+        if (AMSGRAD && from.v_max) fetch(v_max, from.v_max + i);
     }
 
-    __device__ void write(const Arrays<M, AMSGRAD>& to, int i) const {
-        copy(to.p + i, p), copy(to.m + i, m), copy(to.v + i, v);
-        if (AMSGRAD && to.v_max) copy(to.v_max + i, v_max);
+    __device__ void write(const Arrays<P, M, AMSGRAD>& to, int i) const {
+        put(to.p + i, p), put(to.m + i, m), put(to.v + i, v);
+        if (AMSGRAD && to.v_max) put(to.v_max + i, v_max);
     }
 
     __device__ void update(const Scalars<float>& s, bool amsgrad) {
@@ -185,12 +207,17 @@ struct Elements {
     }
 
   private:
+    // several at once only where that is asked for: n is 1 for tensors that are not aligned
     template <class T>
-    static __device__ void copy(T* to, const T* from) {
-        if (n == 1)
-            *to = *from;
-        else
-            *reinterpret_cast<Wide<T, n>*>(to) = *reinterpret_cast<const Wide<T, n>*>(from);
+    static __device__ void fetch(T* to, const T* from) {
+        const auto x = read_global(reinterpret_cast<const Wide<T, n>*>(from));
+        std::memcpy(to, &x, sizeof(x));
+    }
+    template <class T>
+    static __device__ void put(T* to, const T* from) {
+        Wide<T, n> x;
+        std::memcpy(&x, from, sizeof(x));
+        write_global(reinterpret_cast<Wide<T, n>*>(to), x);
     }
 };
 
@@ -262,9 +289,9 @@ __device__ void count_step(const Launch<N>& launch) {
     }
     for (int32_t i = threadIdx.x; i < step.rows; i += kThreads) {
         // lanes read addresses that a launch carries one after the other: only where they must
-        if (step.some_missing && !launch.gradient(i)) continue;
+        if (step.some_missing && !gradient_of(launch, i)) continue;
         const TensorRow& row = step.tensors[i];
-        if (!decide(step, step.group_ints[row.group].scope).skip) *global<float>(uint64_t(row.step)) += 1;
+        if (!decide(step, step.group_ints[row.group].scope).skip) *pointer<float>(uint64_t(row.step)) += 1;
     }
 }
 
@@ -278,7 +305,7 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
     const int64_t k = step.counts[chunk.group];
     const bool reports = chunk.first_of_group && step.active[chunk.scope];
     const float scale = *step.grad_scale;
-    const float t = row ? *global<const float>(uint64_t(row->step)) : 0;
+    const float t = row ? *pointer<const float>(uint64_t(row->step)) : 0;
     const Decision decision = decide(step, chunk.scope);
     const float lr = lr_at(step, ints, floats, given, k);
     if (reports) {
@@ -289,8 +316,10 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
     if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);
 }
 
+}  // namespace
+
 // the sum of squares of the unscaled gradients of every scope that needs a norm
-template <int N>
+template <class P, int N>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Launch<N> launch) {
     constexpr int kEach = 16 / sizeof(P), kRounds = kChunkElements / kEach / kThreads;
     const Step& step = launch.step;
@@ -301,14 +330,14 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     const Place at = place(launch, chunk);
     const int count = scope_ints(step)[chunk.scope].normed ? int(at.count) : 0;
     const int wide = count ? wide_elements(at, at.gradient, kEach) : 0;
-    const P* const g = global<const P>(at.gradient) + at.begin;
+    const P* const g = pointer<const P>(at.gradient) + at.begin;
     const float factor = 1 / *step.grad_scale;
     // all on its way before the first is added
     Wide<P, kEach> fetched[kRounds];
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
         const int i = (r * kThreads + thread) * kEach;
-        if (i < wide) fetched[r] = *reinterpret_cast<const Wide<P, kEach>*>(g + i);
+        if (i < wide) fetched[r] = read_global(reinterpret_cast<const Wide<P, kEach>*>(g + i));
     }
     float sum = 0;
 #pragma unroll
@@ -321,7 +350,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
         }
     }
     for (int i = wide + thread; i < count; i += kThreads) {
-        const float x = load(g[i]) * factor;
+        const float x = load(read_global(g + i)) * factor;
         sum += x * x;
     }
     sum = block_sum(sum);
@@ -335,7 +364,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 }
 
 // one optimizer step on the tensors of a bucket; the last block of all buckets counts it
-template <int N, class M, bool AMSGRAD>
+template <class P, class M, bool AMSGRAD, int N>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Launch<N> launch) {
     // 16 bytes of a moment, so that the accesses of neighbours touch
     constexpr int kEach = 16 / sizeof(M);
@@ -351,12 +380,12 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     const Place at = place(launch, chunk);
     // the first thread fetches its own elements after prepare(): it has no registers for both at once
     if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
-    Arrays<M, AMSGRAD> arrays = {};
-    Elements<M, AMSGRAD, kEach> elements;
+    Arrays<P, M, AMSGRAD> arrays = {};
+    Elements<P, M, AMSGRAD, kEach> elements;
     const int count = int(at.count);
     int wide = 0, i = thread * kEach;
     if (count) {
-        arrays = Arrays<M, AMSGRAD>(at);
+        arrays = Arrays<P, M, AMSGRAD>(at);
         const uint64_t moments =
             at.row->exp_avg | at.row->exp_avg_sq | (AMSGRAD ? at.row->max_exp_avg_sq : 0);
         wide = wide_elements(at, at.gradient | at.row->param | moments, kEach);
@@ -375,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
             if (i < wide) elements.read(arrays, i);
         }
         for (int j = wide + thread; j < count; j += kThreads) {
-            Elements<M, AMSGRAD, 1> one;
+            Elements<P, M, AMSGRAD, 1> one;
             one.read(arrays, j);
             one.update(s, arrays.v_max);
             one.write(arrays, j);
@@ -385,63 +414,4 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     if (last) count_step(launch);
 }
 
-template <class L>
-const char* launch_kernel(void (*kernel)(L), const L& launch, unsigned blocks, unsigned threads,
-                          void* stream) {
-    void* arguments[] = {const_cast<L*>(&launch)};
-    const cudaError_t error =
-        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, 0,
-                         static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// has its code loaded, which a launch while a CUDA graph is captured could not
-template <class L>
-const char* load_kernel(void (*kernel)(L)) {
-    cudaFuncAttributes unused;
-    const cudaError_t error = cudaFuncGetAttributes(&unused, reinterpret_cast<const void*>(kernel));
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-template <int N>
-Launch<N> make_launch(const Step& step, const uintptr_t* gradients) {
-    Launch<N> launch;
-    launch.step = step;
-    if (gradients) std::memcpy(launch.gradients, gradients, size_t(step.rows) * 8);
-    return launch;
-}
-
-template <int N>
-const char* norm(const Step& step, unsigned blocks, const uintptr_t* gradients, void* stream) {
-    return launch_kernel(norm_kernel<N>, make_launch<N>(step, gradients), blocks, kThreads, stream);
-}
-
-template <int N>
-auto step_kernel_for(Type moments, bool amsgrad) {
-    if (moments == kF32) return amsgrad ? step_kernel<N, float, true> : step_kernel<N, float, false>;
-    return amsgrad ? step_kernel<N, P, true> : step_kernel<N, P, false>;
-}
-
-template <int N>
-const char* update(const Step& step, unsigned blocks, Type moments, bool amsgrad, const uintptr_t* gradients,
-                   void* stream) {
-    return launch_kernel(step_kernel_for<N>(moments, amsgrad), make_launch<N>(step, gradients), blocks,
-                         kThreads, stream);
-}
-
-template <int N>
-const char* load_all(Type moments) {
-    const char* error = load_kernel(norm_kernel<N>);
-    for (const bool amsgrad : {false, true})
-        if (!error) error = load_kernel(step_kernel_for<N>(moments, amsgrad));
-    return error;
-}
-
-}  // namespace
-
-extern const Launches few, many;
-const Launches few = {kFew, norm<kFew>, update<kFew>, load_all<kFew>};
-const Launches many = {kMany, norm<kMany>, update<kMany>, load_all<kMany>};
-
-}  // namespace FUSEDLR_NAME
 }  // namespace fusedlr

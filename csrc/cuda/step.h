@@ -1,8 +1,5 @@
-// One step on a GPU in one or two launches: what module.cpp needs of step.cu, which is compiled once per type
-// of the parameters. No CUDA in here.
+// What the kernels of step.cu are launched with; module.cpp fills it in. No CUDA in here.
 #pragma once
-
-#include <string>
 
 #include "columns.h"
 #include "../types.h"
@@ -34,35 +31,16 @@ struct Step {
     int32_t some_missing;  // whether the gradient of a row may be missing
 };
 
-// Launches of one type of parameters. They return null, or what CUDA says is wrong.
-struct Launches {
-    // the most gradients that a launch can carry
-    size_t most_gradients;
-    // gradients: addresses in the order of the rows, null where Step::gradients has them
-    const char* (*norm)(const Step& step, unsigned blocks, const uintptr_t* gradients, void* stream);
-    const char* (*update)(const Step& step, unsigned blocks, Type moments, bool amsgrad,
-                          const uintptr_t* gradients, void* stream);
-    // has the code of both loaded for these moments: CUDA loads a kernel when it is first launched, which it
-    // cannot do while a graph is captured
-    const char* (*load)(Type moments);
+// The parameters of a launch: the fewer bytes, the sooner it starts. Up to 4 KB go through any driver's fast
+// path; 32,764 bytes are the most that compute capability 7.0 takes, from CUDA 12.1 on.
+template <int N>
+struct Launch {
+    Step step;
+    uint64_t gradients[N];  // addresses in the order of the rows, 0 for none; unused where Step has them
 };
+constexpr int kFew = (4096 - sizeof(Step)) / 8;
+constexpr int kMany = (32764 - sizeof(Step)) / 8;
 
-namespace f32 {
-extern const Launches few, many;
-}
-namespace bf16 {
-extern const Launches few, many;
-}
-namespace f16 {
-extern const Launches few, many;
-}
-
-// where the kernels run: "cuda", or "cpu" where tests put a machine in the place of CUDA's runtime
-extern const char* const device_type;
-// what the kernels were compiled by, 13000 for CUDA 13.0, and the newest that the driver knows; 0 without one
-extern const int toolkit;
-int driver();
-// 90 for compute capability 9.0; or what CUDA says is wrong
-int capability(int device, std::string& error);
+constexpr int kThreads = 256;  // of a block
 
 }  // namespace fusedlr

@@ -39,4 +39,4 @@ def _load(name: str, kernel: str, compiler: str) -> tuple[Any, str | None]:
 
 host, host_error = _load("_host", "compiled watch", "a C++17 compiler")
 cpu, cpu_error = _load("_cpu", "C++ kernel", "a C++17 compiler")
-cuda, cuda_error = _load("_cuda", "CUDA kernel", "nvcc and a C++17 compiler")
+cuda, cuda_error = _load("_cuda", "launcher of the CUDA kernels", "a C++17 compiler")

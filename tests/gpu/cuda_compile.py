@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from fusedlr.columns import header
+from fusedlr.backends.gpu import kernels
+from fusedlr.backends.gpu.nvrtc import Compiled, Nvrtc, found
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-
-RECORD = ROOT / "bench/results/cuda_registers.json"
-# namespace in csrc/cuda/step.cu, also of its moments where they are not fp32
-TYPES = ("f32", "bf16", "f16")
+RECORD = Path(__file__).resolve().parents[2] / "bench/results/cuda_registers.json"
+# the types of parameters, also of moments where they are not fp32
+TYPES = tuple(kernels.TYPES)
 
 
 def _wide() -> dict[tuple[str, str], tuple[int, int]]:
@@ -46,85 +38,68 @@ WIDE = _wide()
 
 
 @cache
-def recipe() -> ModuleType:
-    """csrc/recipe.py, which setup.py imports before there is a package."""
-    sys.path.append(str(CSRC))
-    return import_module("recipe")
+def why_not() -> str | None:
+    """Why nothing can be compiled here."""
+    return None if found() else "there is no NVRTC"
+
+
+def nvrtc(major: int | None = None) -> Nvrtc:
+    """The NVRTC that would be used, or that of a major version of CUDA."""
+    (first, *_) = [each for each in found() if major in (None, each.version[0])]
+    return first
+
+
+def archs(nvrtc: Nvrtc) -> list[int]:
+    """The architectures that kernels are compiled for, as far as this NVRTC knows them."""
+    return [arch for arch in nvrtc.archs if arch >= kernels.MIN_ARCH]
+
+
+def compile_type(nvrtc: Nvrtc, arch: str, name: str, *options: str, ptx: bool = False) -> Compiled:
+    """All kernels for one type of parameters, for launches of both sizes."""
+    text, headers = kernels.sources()
+    wanted = [kernel for size in kernels.SIZES for kernel in kernels.kernel_names(name, size)]
+    return nvrtc.compile(text, arch, wanted, headers, (*kernels.OPTIONS, *options), ptx=ptx)
 
 
 @cache
-def why_not() -> str | None:
-    """Why nothing can be compiled here."""
-    if not CSRC.is_dir():
-        return "needs the tree"
-    try:
-        recipe().cuda_archs(recipe().nvcc())
-    except recipe().Unavailable as error:
-        return str(error)
-    return None
-
-
-def archs() -> list[int]:
-    return recipe().cuda_archs(recipe().nvcc())
-
-
-def release() -> str:
-    """Of nvcc, such as 13.0."""
-    said = subprocess.run(
-        f"{recipe().nvcc()} --version", shell=True, text=True, capture_output=True, check=True
-    )
-    return re.findall(r"release (\d+\.\d+)", said.stdout)[0]
-
-
-def compile_all() -> dict[str, dict[str, dict[str, Any]]]:
-    """Facts by type of the parameters, architecture and kernel; one nvcc per type, two at a time."""
+def compile_all(nvrtc: Nvrtc) -> dict[str, dict[str, dict[str, Any]]]:
+    """Facts by type of the parameters, architecture and kernel; two compilers at a time."""
+    wanted = [(name, arch) for name in kernels.TYPES for arch in archs(nvrtc)]
+    facts: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in kernels.TYPES}
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TYPES, pool.map(_compile, TYPES), strict=True))
+        made = pool.map(lambda each: _facts(nvrtc, *each), wanted)
+        for (name, arch), found in zip(wanted, made, strict=True):
+            facts[name][f"sm_{arch}"] = found
+    return facts
 
 
-def _compile(name: str) -> dict[str, dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *shlex.split(recipe().nvcc()),
-            *recipe().NVCC_FLAGS.split(),
-            "-Xptxas",
-            "-v",
-            "--keep",
-            "--keep-dir",
-            folder,
-        ]
-        for arch in archs():
-            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        command += [f"-DFUSEDLR_TYPE={recipe().CUDA_TYPES[name]}", f"-DFUSEDLR_NAME={name}"]
-        Path(folder, "columns.h").write_text(header())
-        command += ["-I.", "-c", str(CSRC / "cuda" / "step.cu"), "-o", f"{folder}/step.o"]
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
-        found: dict[str, dict[str, Any]] = {}
-        for arch in archs():
-            ptx = Path(folder, f"step.compute_{arch}.ptx").read_text()
-            found[f"sm_{arch}"] = dict(map(_instructions, re.split(r"\.entry ", ptx)[1:]))
-    for said in re.split(r"Compiling entry function ", ran.stderr)[1:]:
-        symbol, arch = re.findall(r"'(\w+)' for '(\w+)'", said)[0]
+def _facts(nvrtc: Nvrtc, name: str, arch: int) -> dict[str, Any]:
+    made = compile_type(nvrtc, f"sm_{arch}", name, "--ptxas-options=-v", ptx=True)
+    facts = dict(map(_instructions, re.split(r"\.entry ", made.ptx)[1:]))
+    for of in re.split(r"Compiling entry function ", made.log)[1:]:
+        symbol = re.findall(r"'(\w+)' for ", of)[0]
         stack, stores, loads = map(
-            int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", said)
+            int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", of)
         )
-        found[arch][kernel_name(symbol)] |= {
-            "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
+        facts[kernel_name(symbol)[1]] |= {
+            "registers": int(re.findall(r"Used (\d+) registers", of)[0]),
             "stack": stack,
             "spilled": stores + loads,
         }
-    return found
+    return facts
 
 
-def kernel_name(symbol: str) -> str:
-    """A kernel's name in words: norm_kernel<N>, step_kernel<N, M, AMSGRAD>."""
-    kind, n, rest = re.findall(r"(norm|step)_kernelILi(\d+)E(.*?)EEv", f"{symbol}")[0]
+def kernel_name(symbol: str) -> tuple[str, str]:
+    """The type of the parameters, and norm_kernel<P, N> or step_kernel<P, M, AMSGRAD, N> in words."""
+    kind, param, moments, amsgrad, n = re.findall(
+        r"(norm|step)_kernelI(f|NS_4BF16E|NS_3F16E)(f|S1_)?(?:Lb(\d)E)?Li(\d+)E", symbol
+    )[0]
+    name = {"f": "f32", "NS_4BF16E": "bf16", "NS_3F16E": "f16"}[param]
     size = "few" if int(n) < 1000 else "many"
     if kind == "norm":
-        return f"norm, {size}"
-    moments = "fp32" if rest.startswith("f") else "bf16" if "BF16" in rest else "f16"
-    return f"step, {moments} moments{', amsgrad' if 'Lb1' in rest else ''}, {size}"
+        return name, f"norm, {size}"
+    top = ", amsgrad" if amsgrad == "1" else ""
+    return name, f"step, {'fp32' if moments == 'f' else name} moments{top}, {size}"
 
 
 def _instructions(entry: str) -> tuple[str, dict[str, Any]]:
@@ -132,10 +107,12 @@ def _instructions(entry: str) -> tuple[str, dict[str, Any]]:
     lines = (line.split("//")[0].strip() for line in entry.splitlines())
     code = [re.sub(r"^@!?%\w+\s+", "", line) for line in lines if line and not line.startswith(".")]
     names = [line.split()[0] for line in code]
-    return kernel_name(entry.split("(")[0]), {
+    return kernel_name(entry.split("(")[0])[1], {
         "loads": len(_wide_accesses(code, "ld")),
         "stores": len(_wide_accesses(code, "st")),
         "local": sum(".local" in line for line in entry.splitlines()),
+        # addresses come from tables: without a word, each access would find out what memory it is to
+        "generic": [line for line in code if re.match(r"(ld|st)\.(v\d|u16|b16)", line)],
         # a fused product could be made of what is not told how to round
         "unrounded": [name for name in names if re.match(r"(mul|add|sub)\.(?!rn)[\w.]*f(32|64)", name)],
         "fused_in_update": sum(name.startswith("fma.") for name in _update(code)),
@@ -146,8 +123,7 @@ def _instructions(entry: str) -> tuple[str, dict[str, Any]]:
 
 
 def _wide_accesses(code: list[str], access: str) -> list[str]:
-    # addresses come from a table, so their space is not known: generic, not .global
-    return [line for line in code if re.match(rf"{access}\.(global\.)?(v4\.[fbu]32|v2\.[bu]64)", line)]
+    return [line for line in code if re.match(rf"{access}\.global\.cg\.v4\.[fbu]32", line)]
 
 
 def _update(code: list[str]) -> list[str]:
@@ -161,7 +137,7 @@ def _update(code: list[str]) -> list[str]:
     todo = [
         register
         for line in code
-        if re.match(r"st\.(global\.)?v[248]\.", line)
+        if re.match(r"st\.global\.cg\.v[248]\.", line)
         for register in re.findall(r"%\w+", line.split("]")[1])
     ]
     seen: set[str] = set()
@@ -194,16 +170,16 @@ def _around_ticket(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    registers = {
-        name: {
-            arch: {kernel: facts["registers"] for kernel, facts in kernels.items()}
-            for arch, kernels in by_arch.items()
+    recorded = {}
+    for nvrtc in found():
+        recorded[str(nvrtc)] = {
+            name: {
+                arch: {kernel: facts["registers"] for kernel, facts in of.items()}
+                for arch, of in by_arch.items()
+            }
+            for name, by_arch in compile_all(nvrtc).items()
         }
-        for name, by_arch in compile_all().items()
-    }
-    RECORD.write_text(
-        json.dumps({"release": release(), "registers": registers}, indent=2, sort_keys=True) + "\n"
-    )
+    RECORD.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

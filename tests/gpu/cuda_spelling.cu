@@ -1,6 +1,8 @@
 // What csrc/cuda/step.cu makes of a schedule at many steps, and of the betas: launched by cuda_spelling.py,
 // which puts the functions of the kernels, up to those of a chunk, before this.
 
+}  // namespace
+
 // the tables are those of one group; a thread for each step
 extern "C" __global__ void lr_of_steps(const GroupInts* ints, const GroupFloats* floats, int64_t phases,
                                        const int64_t* k, float* lr, int64_t count) {
@@ -20,6 +22,4 @@ extern "C" __global__ void corrections(const GroupFloats* floats, const float* u
         bias_correction<float>(double(updates[i]) + 1, double(floats->log_b1_hi) + double(floats->log_b1_lo));
 }
 
-}  // namespace
-}  // namespace FUSEDLR_NAME
 }  // namespace fusedlr

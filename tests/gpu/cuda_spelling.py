@@ -1,20 +1,20 @@
-"""The schedule and bias corrections as nvcc compiles them, for many steps at once, on the machine of ptx/."""
+"""The schedule and bias corrections as NVRTC compiles them, at many steps, on the machine of ptx/."""
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx import build, driver
+from ptx import driver
 
 from fusedlr import Schedule
+from fusedlr.backends.gpu import kernels
 from fusedlr.backends.gpu.tables import log, pack_phases, split
-from fusedlr.columns import GROUP_FLOATS, GROUP_INTS, PHASE_FLOATS, header
-from gpu.cuda_compile import CSRC, recipe
+from fusedlr.columns import GROUP_FLOATS, GROUP_INTS, PHASE_FLOATS
+from gpu import cuda_compile
 
 # where csrc/cuda/step.cu goes on to what threads do with a chunk
 _END = "// one chunk\n"
@@ -29,22 +29,18 @@ class Spelling:
 
     def __init__(self, folder: Path, edit: tuple[str, str, str] | None = None) -> None:
         sources = folder / "csrc"
-        shutil.copytree(CSRC, sources)
+        shutil.copytree(kernels.csrc(), sources)
         if edit is not None:
             name, right, wrong = edit
             text = (sources / name).read_text()
             assert text.count(right) == 1, f"does not apply: {text.count(right)} times {right!r}"
             (sources / name).write_text(text.replace(right, wrong))
-        kernels, end, _ = (sources / "cuda" / "step.cu").read_text().partition(_END)
+        text, headers = kernels.sources(sources)
+        above, end, _ = text.partition(_END)
         assert end, f"{_END!r} is not in step.cu"
         own = Path(__file__).with_suffix(".cu").read_text()
-        folder = sources / "cuda"
-        (folder / "spelling.cu").write_text(kernels + own)
-        (folder / "columns.h").write_text(header())
-        flags = [*recipe().NVCC_FLAGS.split(), f"-arch=compute_{_ARCH}", "-DFUSEDLR_TYPE=float"]
-        command = [*shlex.split(recipe().nvcc()), *flags, "-DFUSEDLR_NAME=f32", "-ptx", "spelling.cu"]
-        build.run([*command, "-I.", "-o", "spelling.ptx"], folder)
-        self._text = (folder / "spelling.ptx").read_text()
+        compiled = cuda_compile.nvrtc().compile(above + own, f"compute_{_ARCH}", (), headers, kernels.OPTIONS)
+        self._text = compiled.image.decode()
         self.approx = 0
 
     def lr_at(self, schedule: Schedule, k: NDArray[np.int64], peak: float) -> NDArray[np.float32]:

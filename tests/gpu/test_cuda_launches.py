@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif("cuda" not in backends_on("cpu"), reason="no cud
 
 # what 4 KB of a launch's parameters hold, (4096 - 152) / 8: for more, a launch is of the larger size
 FEW = 493
-MOST = compiled.cuda.most_gradients if compiled.cuda else 4076
+MOST = compiled.cuda.many if compiled.cuda else 4076
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     make = cuda.launcher
 
-    def noted(arguments: Any, *, table: bool, load: bool) -> Any:
+    def noted(*given: Any, table: bool) -> Any:
         found.append(table)
-        return make(arguments, table=table, load=load)
+        return make(*given, table=table)
 
     monkeypatch.setattr(cuda, "launcher", noted)
     return found
@@ -69,7 +69,7 @@ def test_4100_tensors_of_one_element(tables: list[bool]) -> None:
 def test_addresses_in_a_table_are_uploaded_when_they_change(
     tables: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.cuda, "most_gradients", 2)
+    monkeypatch.setattr(cuda, "most_gradients", lambda device: 2)
     ours = both(
         "cuda", lambda: [{"params": [*params(5, 4100), *params(3, dtype=torch.float16)]}], max_grad_norm=None
     )
@@ -92,59 +92,18 @@ def test_a_missing_gradient_travels_as_no_address(tables: list[bool]) -> None:
     assert tables == [False]
 
 
-def launches(kind: tuple[int, int], rows: int = 2) -> Any:
-    """Launches of nothing, on tensors of these types; addresses are not looked at before a step."""
-    numbers = dict.fromkeys(("made_for", "programs", "groups", "scopes", "phases"), 0)
+def launches(rows: int, *, few: bool) -> Any:
+    """Launches of nothing; addresses are not looked at before a step."""
+    numbers = dict.fromkeys(("made_for", "programs", "groups", "scopes", "phases", "device"), 0)
     names = "tensors chunks ints floats rates counts used squares partials tickets generation"
     addresses = dict.fromkeys(names.split(), 0)
     return compiled.cuda.Launcher(
-        **addresses,
-        **numbers,
-        rows=rows,
-        normed=False,
-        buckets=[(*kind, False, 0, 0)],
-        table=False,
-        load=False,
+        **addresses, **numbers, rows=rows, normed=False, buckets=[], few=few, table=False
     )
 
 
-@pytest.mark.parametrize("kind", ((0, 0), (0, 1), (1, 0), (1, 2), (2, 3), (4, 1)))
-def test_there_is_no_kernel_for_other_types(kind: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="there is no kernel for th"):
-        launches(kind)
-
-
 def test_a_launch_without_a_table_has_room_for_so_many_gradients() -> None:
-    launches((1, 1), rows=MOST)
-    with pytest.raises(ValueError, match="a launch cannot carry so many gradients"):
-        launches((1, 1), rows=MOST + 1)
-
-
-INSIDE = [75, 80, 86, 90, 120]
-
-
-@pytest.mark.parametrize(
-    ("capability", "driver", "words"),
-    (
-        (75, 13000, None),
-        (87, 13000, None),
-        (89, 13010, None),
-        (121, 13000, None),
-        # by its PTX
-        (130, 13000, None),
-        (130, 14000, None),
-        (70, 13000, "compute capability 7.0, inside are 7.5, 8.0, 8.6, 9.0, 12.0"),
-        (110, 13000, "compute capability 11.0, inside"),
-        (90, 12090, "it needs a driver for CUDA 13.0, this one is for 12.9"),
-    ),
-)
-def test_a_gpu_is_told_from_what_is_inside(capability: int, driver: int, words: str | None) -> None:
-    why = cuda.misfit(capability, INSIDE, 13000, driver)
-    assert why is None if words is None else words in (why or "")
-
-
-def test_an_older_driver_of_the_same_cuda_runs_code_but_compiles_none() -> None:
-    assert cuda.misfit(90, INSIDE, 12080, 12010) is None
-    assert "it needs a driver for CUDA 12.1" in (cuda.misfit(90, INSIDE, 12080, 12000) or "")
-    why = cuda.misfit(130, INSIDE, 12080, 12010) or ""
-    assert "to compile for compute capability 13.0 it needs a driver for CUDA 12.8" in why
+    for most, few in ((compiled.cuda.few, True), (MOST, False)):
+        launches(most, few=few)
+        with pytest.raises(ValueError, match="a launch cannot carry so many gradients"):
+            launches(most + 1, few=few)

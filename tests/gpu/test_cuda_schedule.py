@@ -1,4 +1,4 @@
-"""The CUDA kernels' schedule, as nvcc compiles it, against the fp64 definition at every step.
+"""The CUDA kernels' schedule, as NVRTC compiles it, against the fp64 definition at every step.
 
 The PTX runs on the machine of ptx/. It leaves open the last bits of ex2.approx, lg2.approx and rcp.approx,
 of which CUDA's libraries make powf and expm1f: they are taken at both ends of what NVIDIA documents.

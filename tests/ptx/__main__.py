@@ -37,6 +37,12 @@ def main() -> int:
         metavar="DIR",
         help="another Triton, in a folder as `pip install --target DIR` makes it",
     )
+    parser.add_argument(
+        "--nvrtc",
+        type=int,
+        metavar="MAJOR",
+        help="the NVRTC of this version of CUDA, 12 or 13 (default: the newest that is installed)",
+    )
     args = parser.parse_args()
     backends, parts = args.backends.split(","), args.parts.split(",")
     # one thread each: the tensors are small
@@ -56,12 +62,14 @@ def main() -> int:
         print("ptx: BROKEN: there is nothing to run")
         return 2
     print(f"ptx: building into {build.FOLDER}, which takes a minute the first time", flush=True)
-    driver.compile_all(tuple(present), args.triton)
+    driver.compile_all(tuple(present), args.triton, args.nvrtc)
     print(f"ptx: built after {time.perf_counter() - begun:.0f} s", flush=True)
     # each backend in a process of its own, as the machine is one per process
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(present), context) as pool:
-        running = [pool.submit(checks.run, name, parts, args.only, args.triton) for name in present]
+        running = [
+            pool.submit(checks.run, name, parts, args.only, args.triton, args.nvrtc) for name in present
+        ]
         found = [future.result() for future in running]
     return report(found, begun)
 

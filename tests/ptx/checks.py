@@ -260,7 +260,7 @@ class Checks:
         return cases.leaves_reference(case.run(self.backend, False), case)
 
 
-def run(backend: str, parts: list[str], only: str, triton: Path | None) -> Findings:
+def run(backend: str, parts: list[str], only: str, triton: Path | None, nvrtc: int | None) -> Findings:
     """All that is asked for with one backend, in a process of its own: the machine is one per process."""
     # the tensors are small
     torch.set_num_threads(1)
@@ -272,7 +272,7 @@ def run(backend: str, parts: list[str], only: str, triton: Path | None) -> Findi
             said = time.perf_counter()
             print(f"ptx: {text}", flush=True)
 
-    using = driver.Driver((backend,), triton)
+    using = driver.Driver((backend,), triton, nvrtc)
     checks = Checks(using, backend, only, progress)
     checks.selftest()
     for part in parts:

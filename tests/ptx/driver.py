@@ -1,19 +1,16 @@
 """Where the machine meets the project: how kernels are compiled, how they are launched, what they touch.
 
 Nothing else in this folder knows how a step is launched. The host code is the project's own: it lays out
-tables on CPU tensors and launches as on a GPU, CUDA kernels through `fusedlr._cuda`, whose CUDA runtime is
-the machine, and Triton's through `launch` of backends/gpu/triton.py, which is replaced.
+tables on CPU tensors and launches as on a GPU, CUDA kernels through `fusedlr._cuda`, to which the machine is
+CUDA's driver, and Triton's through `launch` of backends/gpu/triton.py, which is replaced.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
-import shlex
 import struct
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from gpu import cuda_compile
-from gpu.cuda_compile import CSRC, recipe
 from torch import Tensor
 
-from fusedlr import backends, columns
+from fusedlr import backends
 from fusedlr.backends import compiled
-from fusedlr.backends.gpu import cuda, triton
+from fusedlr.backends.gpu import cuda, kernels, triton
 from fusedlr.backends.gpu.arguments import NewArguments, StepArguments
+from fusedlr.backends.gpu.nvrtc import Compiled
 from fusedlr.reference import Signals
 
 from . import build
@@ -47,54 +44,32 @@ Edit = Callable[[str, str], str]
 
 def why_not() -> dict[str, str | None]:
     """By backend why its kernels cannot be compiled here, or None."""
-    missing = "needs the tree" if not CSRC.is_dir() else None
-    return {"cuda": missing or _why_not_cuda(), "triton": missing or _why_not_triton()}
+    triton = None if importlib.util.find_spec("triton") else "Triton is not installed"
+    return {"cuda": compiled.cuda_error or cuda_compile.why_not(), "triton": triton}
 
 
-def _why_not_cuda() -> str | None:
-    return cuda_compile.why_not() if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
+def compile_cuda(major: int | None = None) -> Path:
+    """TYPE.compute_ARCH.ptx of the CUDA kernels, launches of both sizes together, and names.json.
 
-
-def _why_not_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
-
-
-def compile_cuda(library: Path) -> Path:
-    """`_cuda.so` as setup.py has it built, but for the runtime, and TYPE/cuda.compute_ARCH.ptx."""
-    import pybind11
-
-    runtime = build.HERE / "machine" / "device.cpp"
-    nvcc = [*shlex.split(recipe().nvcc()), *recipe().NVCC_FLAGS.split(), *shlex.split(recipe().NVCC_OPTIONS)]
-    for arch in ARCHS:
-        nvcc += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
-    # the folder that is built in has columns.h
-    includes = [".", pybind11.get_include(), sysconfig.get_path("include")]
-    gcc = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
-    sources = {
-        "module.o": [CSRC / "cuda" / "module.cpp", f'-DFUSEDLR_ARCHS="{" ".join(map(str, ARCHS))}"'],
-        "sources.o": [CSRC / "sources.cpp", "-DFUSEDLR_SOURCES=0"],
-        "device.o": [runtime],
-    }
+    By the NVRTC that would be used, or by the one of a major version of CUDA.
+    """
+    nvrtc = cuda_compile.nvrtc(major)
 
     def make(folder: Path) -> None:
-        (folder / "columns.h").write_text(columns.header())
-        commands = []
-        for name, type_ in recipe().CUDA_TYPES.items():
-            (folder / name).mkdir()
-            defined = [f"-DFUSEDLR_TYPE={type_}", f"-DFUSEDLR_NAME={name}"]
-            command = [*nvcc, "-I.", "--keep", "--keep-dir", folder / name, *defined]
-            commands.append([*command, "-c", CSRC / "cuda" / "step.cu", "-o", f"{name}.o"])
-        commands += [[*gcc, "-c", *source, "-o", name] for name, source in sources.items()]
-        build.run_all(commands, folder)
-        objects = [*(f"{name}.o" for name in recipe().CUDA_TYPES), *sources]
-        # the library is in this process already when the module is loaded
-        build.run(
-            ["g++", "-shared", *objects, library, f"-Wl,-rpath,{library.parent}", "-o", "_cuda.so"], folder
-        )
+        wanted = [(name, arch) for name in kernels.TYPES for arch in ARCHS]
+        with ThreadPoolExecutor(2) as pool:
+            made = pool.map(
+                lambda each: cuda_compile.compile_type(nvrtc, f"compute_{each[1]}", each[0]), wanted
+            )
+        names: dict[str, dict[str, str]] = {}
+        for (name, arch), (image, own, *_) in zip(wanted, made, strict=True):
+            (folder / f"{name}.compute_{arch}.ptx").write_bytes(image)
+            names[name] = own
+        (folder / "names.json").write_text(json.dumps(names))
 
-    files = [path for path in (*CSRC.glob("*.*"), *(CSRC / "cuda").iterdir()) if path.is_file()]
-    says = " ".join(map(str, [*nvcc, library, columns.header()]))
-    return build.once("cuda", [*files, runtime], make, of=says)
+    text, headers = kernels.sources()
+    says = json.dumps([text, headers, kernels.OPTIONS, str(nvrtc)])
+    return build.once(f"cuda{nvrtc.version[0]}", [Path(kernels.__file__)], make, of=says)
 
 
 def compile_triton(other: Path | None = None) -> Path:
@@ -117,13 +92,15 @@ def compile_triton(other: Path | None = None) -> Path:
     )
 
 
-def compile_all(names: tuple[str, ...] = BACKENDS, other: Path | None = None) -> None:
+def compile_all(
+    names: tuple[str, ...] = BACKENDS, other: Path | None = None, nvrtc: int | None = None
+) -> None:
     """Build whatever a driver needs, two things at a time."""
     with ThreadPoolExecutor(2) as pool:
         triton = pool.submit(compile_triton, other) if "triton" in names else None
-        library = build.machine()
+        build.machine()
         if "cuda" in names:
-            compile_cuda(library)
+            compile_cuda(nvrtc)
         if triton is not None:
             triton.result()
 
@@ -132,8 +109,7 @@ def kernel_name(symbol: str) -> str:
     """A kernel in words, by the name that the machine has for it."""
     if symbol.startswith("triton"):
         return symbol
-    params = re.findall(r"fusedlr\d(f32|bf16|f16)", symbol)[0]
-    return f"cuda {params}: {cuda_compile.kernel_name(symbol)}"
+    return f"cuda {': '.join(cuda_compile.kernel_name(symbol))}"
 
 
 def counters(optimizer: Any) -> Any:
@@ -159,21 +135,23 @@ class Driver:
     own.
     """
 
-    def __init__(self, names: tuple[str, ...] = BACKENDS, other: Path | None = None) -> None:
+    def __init__(
+        self, names: tuple[str, ...] = BACKENDS, other: Path | None = None, nvrtc: int | None = None
+    ) -> None:
         self.missing = {name: why for name, why in why_not().items() if name in names and why is not None}
         self.names = tuple(name for name in names if name not in self.missing)
         if not self.names:
             return
-        compile_all(self.names, other)
-        library = build.machine()
-        self.machine = Machine(library)
+        compile_all(self.names, other, nvrtc)
+        self.machine = Machine(build.machine())
         # the step that is being launched: who makes it, what its launches are given, and anew in every step
         self._stepper: Any = None
         self._arguments: Any = None
         self._new: NewArguments | None = None
         self._errors: list[str] = []
         if "cuda" in self.names:
-            self._cuda = compile_cuda(library)
+            self._nvrtc = cuda_compile.nvrtc(nvrtc)
+            self._cuda = compile_cuda(nvrtc)
             self._install_cuda()
         if "triton" in self.names:
             self._triton = compile_triton(other)
@@ -190,7 +168,7 @@ class Driver:
         """Whose PTX is run."""
         found = []
         if "cuda" in self.names:
-            found.append(f"nvcc {cuda_compile.release()}")
+            found.append(f"NVRTC {self._nvrtc}")
         if "triton" in self.names:
             found.append(f"Triton {self._described['version']}")
         return " and ".join(found)
@@ -206,8 +184,8 @@ class Driver:
         """The PTX of all kernels for one architecture, by names that begin with the backend's."""
         found = {}
         if "cuda" in self.names:
-            for name in recipe().CUDA_TYPES:
-                found[f"cuda {name}"] = (self._cuda / name / f"step.compute_{arch}.ptx").read_text()
+            for name in kernels.TYPES:
+                found[f"cuda {name}"] = (self._cuda / f"{name}.compute_{arch}.ptx").read_text()
         if "triton" in self.names:
             for name in self._described["kernels"]:
                 if name.endswith(f"sm_{arch}"):
@@ -231,13 +209,18 @@ class Driver:
     # launches
 
     def _install_cuda(self) -> None:
-        # by a name of its own: pybind11 keeps modules by name
-        spec = importlib.util.spec_from_file_location("ptx._cuda", self._cuda / "_cuda.so")
-        assert spec is not None and spec.loader is not None
-        compiled.cuda, compiled.cuda_error = importlib.util.module_from_spec(spec), None
-        spec.loader.exec_module(compiled.cuda)
-        # who has asked before has been told of another module
-        cuda._why_not_on.cache_clear()
+        # the library is in this process already, as the machine
+        compiled.cuda.open_driver(str(build.machine()))
+        names = json.loads((self._cuda / "names.json").read_text())
+        cuda.images = lambda nvrtc, arch, size: {
+            name: Compiled(b"", {kernel: symbol for kernel, symbol in of.items() if kernel in wanted}, "")
+            for name, of in names.items()
+            for wanted in [kernels.kernel_names(name, size)]
+        }
+        cuda.device_type = "cpu"
+        # who has asked before has been told of another device
+        for told in (cuda._why_not_on, cuda.target_of, cuda.most_gradients):
+            told.cache_clear()
 
     def _install_triton(self) -> None:
         elsewhere = triton._why_not_on

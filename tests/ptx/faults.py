@@ -60,11 +60,11 @@ _SMALL = (
 )
 KERNELS = {
     "cuda": (
-        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelILi493E\w*"),
-        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelILi493E\w*"),
-        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelILi493EfLb0E\w*"),
-        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelILi493EfLb1E\w*"),
-        Kernel("step bf16, bf16 moments", "cuda bf16", *_SMALL, r"\w*step_kernelILi493E\w*BF16ELb0E\w*"),
+        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelIfLi493E\w*"),
+        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelINS_4BF16ELi493E\w*"),
+        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelIffLb0ELi493E\w*"),
+        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelIffLb1ELi493E\w*"),
+        Kernel("step bf16, bf16 moments", "cuda bf16", *_SMALL, r"\w*step_kernelINS_4BF16ES1_Lb0ELi493E\w*"),
     ),
     "triton": (
         Kernel("norm fp32", "triton norm fp32 None False", *_FP32),
@@ -166,7 +166,7 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tup
     yield "counters change places", (kernel.case,), _swapped
     yield "a root left out of the update", (kernel.case,), put(r"sqrt\.rn\.f32", "mov.b32", 0, _ALIGNMENT)
     yield "a quotient made a product", (kernel.case,), put(r"div\.rn\.f32", "mul.rn.f32", 0, _ALIGNMENT)
-    wide = r"(st(?:\.global)?\.v\d\.\w+\s+\[\s*%rd\d+)(?:\s*\+\s*(-?\d+))?\s*\]"
+    wide = r"(st(?:\.global)?(?:\.cg)?\.v\d\.\w+\s+\[\s*%rd\d+)(?:\s*\+\s*(-?\d+))?\s*\]"
     yield "a wide store 4 bytes off", (kernel.case,), put(wide, _4_bytes_on, 0, _ALIGNMENT)
 
 

@@ -1,4 +1,4 @@
-"""The step in CUDA: launches the kernels of csrc/cuda/step.cu.
+"""The step in CUDA: launches the kernels of csrc/cuda/step.cu, which kernels.py compiles, through the driver.
 
 Gradients are allocated anew all the time; their addresses travel in the parameters of a launch, so a step
 like the last one copies nothing to the device.
@@ -6,6 +6,7 @@ like the last one copies nothing to the device.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -14,17 +15,16 @@ import torch
 from torch import Tensor
 
 from fusedlr.backends import compiled, gpu
-from fusedlr.backends.compiled import TYPES
+from fusedlr.backends.gpu import kernels
 from fusedlr.backends.gpu.arguments import Arguments, NewArguments, StepArguments
+from fusedlr.backends.gpu.kernels import images
+from fusedlr.backends.gpu.nvrtc import Nvrtc
 from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, Stepper, capturing
 
-# the first that takes launches with 32 KB of parameters
-_MIN_DRIVER = 12010
-
-
-def archs() -> list[int]:
-    """Compute capabilities with machine code inside, 90 for 9.0; newer GPUs compile the last one's PTX."""
-    return list(map(int, compiled.cuda.archs.split()))
+# where tensors have to be; tests put a machine in the place of the driver, which works on the CPU's memory
+device_type = "cuda"
+# what launches under the names of `torch.dtype` in kernels.py
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @cache
@@ -32,51 +32,65 @@ def _why_not_on(device: torch.device) -> str | None:
     """Why the kernels do not run on this device in this process."""
     if compiled.cuda_error is not None:
         return compiled.cuda_error
-    if device.type != compiled.cuda.device_type:
+    if device.type != device_type:
         return f"it does not run on {device.type}"
     if torch.version.hip is not None:
         return "it does not run on AMD GPUs"
-    if device.type == "cpu":
-        return None
-    toolkit, driver = compiled.cuda.toolkit, compiled.cuda.driver()
-    if driver == 0:
-        return "there is no CUDA driver"
     try:
-        return misfit(compiled.cuda.capability(device.index or 0), archs(), toolkit, driver)
+        found = target_of(device)
     except RuntimeError as error:
-        return f"CUDA says: {error}"
+        return str(error)
+    return found if isinstance(found, str) else None
 
 
-def misfit(capability: int, inside: list[int], toolkit: int, driver: int) -> str | None:
-    """Why a GPU of this compute capability runs none of what is inside under this driver.
+@cache
+def target_of(device: torch.device) -> tuple[Nvrtc, str] | str:
+    """What compiles the kernels for a device, and for which architecture; or why nothing does.
 
-    The last architecture is inside as PTX too. Versions are CUDA's, 13000 for 13.0: a driver runs what
-    toolkits of its major version and older ones compiled, but compiles PTX up to its own version only.
+    Raises:
+        RuntimeError: there is no driver, or it fails.
     """
-    oldest = max(toolkit // 1000 * 1000, _MIN_DRIVER)
-    if driver < oldest:
-        return f"it needs a driver for CUDA {version(oldest)}, this one is for {version(driver)}"
-    if any(arch // 10 == capability // 10 and arch <= capability for arch in inside):
-        return None
-    if capability < inside[-1]:
-        there = ", ".join(map(dotted, inside))
-        return f"this GPU has compute capability {dotted(capability)}, inside are {there}"
-    if driver < toolkit:
-        return (
-            f"to compile for compute capability {dotted(capability)} it needs a driver for CUDA "
-            f"{version(toolkit)}, this one is for {version(driver)}"
-        )
-    return None
+    return kernels.target(compiled.cuda.capability(device.index or 0), compiled.cuda.driver_version())
 
 
-def dotted(capability: int) -> str:
-    """A compute capability as NVIDIA writes it: 9.0 for 90."""
-    return f"{capability // 10}.{capability % 10}"
+@cache
+def most_gradients(device: torch.device) -> int:
+    """The most gradients whose addresses a launch on this device carries."""
+    found = target_of(device)
+    many = not isinstance(found, str) and kernels.launches_many(found[0], compiled.cuda.driver_version())
+    return compiled.cuda.many if many else compiled.cuda.few
 
 
-def version(number: int) -> str:
-    """A version of CUDA in words: 13.0 for 13000."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+# device and size -> kernel -> its handle; filled at the first step, outside of captures
+_loaded: dict[tuple[torch.device, str], dict[str, int]] = {}
+_loading = threading.Lock()
+
+
+def functions(device: torch.device, size: str) -> dict[str, int]:
+    """The loaded kernels for launches of one size, by their names in C++; compiles and loads them once.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which allows neither; or the driver refuses the kernels.
+        CompileError: NVRTC does not compile them.
+    """
+    with _loading:
+        if (device, size) not in _loaded:
+            if capturing(device):
+                raise RuntimeError(
+                    "make one step outside the CUDA graph before capturing it: the kernels are compiled there"
+                )
+            found = target_of(device)
+            assert not isinstance(found, str), found
+            _loaded[device, size] = {
+                name: handle
+                for made in images(*found, size).values()
+                for name, handle in zip(
+                    made.names,
+                    compiled.cuda.load(device.index or 0, made.image, list(made.names.values())),
+                    strict=True,
+                )
+            }
+        return _loaded[device, size]
 
 
 def why_not(devices: Iterable[torch.device]) -> str | None:
@@ -96,7 +110,9 @@ class CudaStepper:
         self._arguments = StepArguments("cuda", rows, counters, inputs)
         self._device, self._inputs = counters.k.device, inputs
         # addresses in a table on the device, because a launch cannot carry as many
-        self._in_table = len(rows) > compiled.cuda.most_gradients
+        self._in_table = len(rows) > most_gradients(self._device)
+        size = "few" if self._in_table or len(rows) <= compiled.cuda.few else "many"
+        self._size, self._functions = size, functions(self._device, size)
         self._launcher: Any = None
         self._launcher_for: Arguments | None = None
         self._new: NewArguments | None = None
@@ -133,7 +149,7 @@ class CudaStepper:
         """The launcher for the step under way, and what its calls are given."""
         arguments = self._arguments.current()
         if arguments is not self._launcher_for:
-            self._launcher = launcher(arguments, table=self._in_table, load=not capturing(self._device))
+            self._launcher = launcher(arguments, self._functions, self._size, table=self._in_table)
             self._launcher_for = arguments
         # kept until the next step, because the launches are given addresses alone
         self._new = new = self._arguments.new(signals, table=self._in_table)
@@ -146,12 +162,14 @@ class CudaStepper:
         )
 
 
-def launcher(arguments: Arguments, *, table: bool, load: bool) -> Any:
-    """The compiled launches; `load`: have the kernels' code loaded, which cannot be done during a capture."""
+def launcher(arguments: Arguments, loaded: dict[str, int], size: str, *, table: bool) -> Any:
+    """The compiled launches of a step; `table`: the gradients' addresses lie in a table on the device."""
     buckets = []
     for bucket in arguments.layout.buckets:
-        param, moments = map(TYPES.index, bucket.kind)
-        buckets.append((param, moments, bucket.amsgrad, bucket.first, bucket.programs))
+        param, moments = (_NAMES[dtype] for dtype in bucket.kind)
+        norm = loaded[kernels.name_of_norm(param, size)]
+        update = loaded[kernels.name_of_step(param, moments, bucket.amsgrad, size)]
+        buckets.append((norm, update, bucket.first, bucket.programs))
     tensors = {name: x.data_ptr() for name, x in arguments._asdict().items() if isinstance(x, Tensor)}
     return compiled.cuda.Launcher(
         **tensors,
@@ -163,6 +181,7 @@ def launcher(arguments: Arguments, *, table: bool, load: bool) -> Any:
         rows=arguments.rows,
         normed=arguments.normed,
         buckets=buckets,
+        few=size == "few",
         table=table,
-        load=load,
+        device=arguments.counts.device.index or 0,
     )

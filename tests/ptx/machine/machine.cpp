@@ -1,16 +1,16 @@
 // The machine as a library: PTX in, launches on the memory of this process, reports out. Called by
-// machine.py; and, as the CUDA runtime, by the host code that nvcc makes of csrc/cuda/step.cu, whose launches
-// are the project's own.
+// machine.py; and, as CUDA's driver, by csrc/cuda/, whose launches are the project's own.
 #include <memory>
 #include <mutex>
+#include <set>
 
 #include "execute.h"
 
 namespace {
 
 std::vector<std::unique_ptr<Module>> modules;
-std::map<std::string, const Function*> active;      // what launches find by a kernel's name
-std::map<const void*, std::string> host_functions;  // what cudaLaunchKernel is given -> a kernel's name
+std::map<std::string, const Function*> active;  // what launches find by a kernel's name
+std::set<std::string> functions;                // names that cuModuleGetFunction has given handles of
 std::string last_error, text;
 using Callback = void (*)();
 Callback before_launch;
@@ -151,42 +151,57 @@ API void machine_stats(long* out) {
     out[5] = stats.divergent_bars, out[6] = stats.approx;
 }
 
-// What nvcc's host code calls of the CUDA runtime.
+// What csrc/cuda/driver.cpp calls of CUDA's driver: one device, whose memory is this process's. A function is
+// its kernel's name, and it runs whichever kernel of that name is active when it is launched.
 
-struct Dim3 {
-    unsigned x, y, z;
-};
-API void** __cudaRegisterFatBinary(void*) {
-    static void* handle;
-    return &handle;
+API int cuInit(unsigned) { return 0; }
+API int cuDriverGetVersion(int* version) {
+    *version = 13050;
+    return 0;
 }
-API void __cudaRegisterFatBinaryEnd(void**) {}
-API void __cudaUnregisterFatBinary(void**) {}
-API void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*,
-                                void*, int*) {
-    host_functions[host] = device;
+API int cuGetErrorName(int, const char** name) {
+    *name = "an error of the machine";
+    return 0;
 }
-API int cudaLaunchKernel(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t dynamic,
-                         void*) {
-    auto found = host_functions.find(function);
-    if (found == host_functions.end()) {
-        last_error = "no such function";
-        return 98;
-    }
-    auto kernel = active.find(found->second);
+API int cuGetErrorString(int, const char** text) {
+    *text = last_error.c_str();
+    return 0;
+}
+API int cuDeviceGet(int* device, int ordinal) {
+    *device = ordinal;
+    return 0;
+}
+// of compute capability 9.0
+API int cuDeviceGetAttribute(int* value, int attribute, int) {
+    *value = attribute == 75 ? 9 : 0;
+    return 0;
+}
+API int cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = &functions;
+    return 0;
+}
+API int cuCtxGetCurrent(void** context) { return cuDevicePrimaryCtxRetain(context, 0); }
+API int cuCtxSetCurrent(void*) { return 0; }
+API int cuModuleLoadData(void** module, const void*) { return cuDevicePrimaryCtxRetain(module, 0); }
+API int cuModuleGetFunction(const void** function, void*, const char* name) {
+    *function = &*functions.insert(name).first;
+    return 0;
+}
+API int cuFuncGetAttribute(int* value, int, const void*) {
+    *value = 0;
+    return 0;
+}
+API int cuLaunchKernel(const void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                       unsigned block_x, unsigned block_y, unsigned block_z, unsigned dynamic, void*,
+                       void** parameters, void**) {
+    const std::string& name = *static_cast<const std::string*>(function);
+    auto kernel = active.find(name);
     if (kernel == active.end()) {
-        last_error = "not loaded: " + found->second;
+        last_error = "not loaded: " + name;
         return 98;
     }
-    return launch(found->second, grid.x * grid.y * grid.z, block.x * block.y * block.z, arguments[0],
+    return launch(name, grid_x * grid_y * grid_z, block_x * block_y * block_z, parameters[0],
                   size_t(kernel->second->param_bytes), int(dynamic))
                ? 719
                : 0;
 }
-// called by the host functions of the kernels, which the project does not use: it launches by address
-API int __cudaGetKernel(void**, const void*) { return 98; }
-API int __cudaLaunchKernel(void*, Dim3, Dim3, void**, size_t, void*) { return 98; }
-API const char* cudaGetErrorString(int) { return last_error.c_str(); }
-API int cudaFuncGetAttributes(void*, const void* function) { return host_functions.count(function) ? 0 : 98; }
-API int __cudaPushCallConfiguration(Dim3, Dim3, size_t, void*) { return 1; }
-API int __cudaPopCallConfiguration(Dim3*, Dim3*, size_t*, void*) { return 1; }

@@ -1,4 +1,4 @@
-// PTX text to instructions: as much of the language as nvcc and Triton use here, and errors for the rest.
+// PTX text to instructions: as much of the language as NVRTC and Triton use here, and errors for the rest.
 #include "ptx.h"
 
 #include <cstdlib>
