@@ -45,7 +45,9 @@ Edit = Callable[[str, str], str]
 def why_not() -> dict[str, str | None]:
     """By backend why its kernels cannot be compiled here, or None."""
     triton = None if importlib.util.find_spec("triton") else "Triton is not installed"
-    return {"cuda": compiled.cuda_error or cuda_compile.why_not(), "triton": triton}
+    # beside an installed package there is no folder to build the machine in
+    missing = None if (build.ROOT / "csrc").is_dir() else "needs the tree"
+    return {"cuda": missing or compiled.cuda_error or cuda_compile.why_not(), "triton": missing or triton}
 
 
 def compile_cuda(major: int | None = None) -> Path:
