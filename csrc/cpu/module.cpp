@@ -108,13 +108,18 @@ py::tuple report(const Stepper& stepper) {
     return py::make_tuple(listed(counters.k, groups), listed(counters.skips_in_row, groups), lr);
 }
 
-// gradients, rates: where an array of addresses (one per tensor) and one of doubles (one per group) begin
-void run(Stepper& stepper, int stages, uintptr_t gradients, uintptr_t rates, std::optional<double> grad_scale,
-         bool found_inf, int threads) {
-    const py::gil_scoped_release release;
-    stepper.run(stages,
-                {reinterpret_cast<const uintptr_t*>(gradients), reinterpret_cast<const double*>(rates),
-                 grad_scale ? 1 / *grad_scale : 1, found_inf, threads});
+// gradients, rates: where an array of addresses (one per tensor) and one of doubles (one per group) begin.
+// Returns the report of an update, None of a norm alone.
+py::object run(Stepper& stepper, int stages, uintptr_t gradients, uintptr_t rates,
+               std::optional<double> grad_scale, bool found_inf, int threads) {
+    {
+        const py::gil_scoped_release release;
+        stepper.run(stages,
+                    {reinterpret_cast<const uintptr_t*>(gradients), reinterpret_cast<const double*>(rates),
+                     grad_scale ? 1 / *grad_scale : 1, found_inf, threads});
+    }
+    if (stages & kUpdate) return report(stepper);
+    return py::none();
 }
 
 template <class R>
@@ -140,8 +145,7 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("state_types"), py::arg("sizes"), py::arg("p"), py::arg("states"), py::arg("t"),
              py::arg("groups"), py::arg("counts"), py::arg("used"), py::arg("squares"))
         .def("assign", &assign, py::arg("groups"), py::arg("scopes"))
-        .def("run", &run)
-        .def("report", &report);
+        .def("run", &run);
     module.attr("NORM") = int(kNorm);
     module.attr("UPDATE") = int(kUpdate);
     module.def("isas", [] {

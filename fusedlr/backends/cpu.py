@@ -99,14 +99,12 @@ class CpuStepper:
     def update(self, signals: Signals) -> Made:
         """Decide, update and count."""
         self._inputs.increment_versions()
-        self._compiled.run(compiled.cpu.UPDATE, *self._given(signals))
-        return Made(*self._compiled.report())
+        return Made(*self._compiled.run(compiled.cpu.UPDATE, *self._given(signals)))
 
     def step(self, signals: Signals) -> Made:
         """Both stages in one parallel region."""
         self._inputs.increment_versions()
-        self._compiled.run(compiled.cpu.NORM | compiled.cpu.UPDATE, *self._given(signals))
-        return Made(*self._compiled.report())
+        return Made(*self._compiled.run(compiled.cpu.NORM | compiled.cpu.UPDATE, *self._given(signals)))
 
     def active(self) -> list[bool]:
         """Per group whether its scope has made the last step."""
