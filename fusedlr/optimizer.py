@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -167,7 +166,9 @@ class FusedAdamW(Optimizer):
         Raises:
             RuntimeError: a gradient cannot be used; names the parameter. Nothing has been changed then.
         """
-        with hooks.around(self, closure) if hooks.wanted(self) else nullcontext(closure) as closure:
+        hooked = hooks.wanted(self)
+        with hooks.around(self, closure) if hooked else hooks.NONE as left:
+            closure = left if hooked else closure
             loss = None
             if closure is not None:
                 with torch.enable_grad():
