@@ -1,65 +1,47 @@
 """AdamW, learning rate schedule, gradient clipping and AMP skip as one optimizer step, for LoRA fine-tuning.
 
-Public names are imported when they are first used: schedules work without loading torch, and the command line
+What needs torch is imported when it is first used: schedules work without loading torch, and the command line
 can set the environment that torch reads when it is loaded.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fusedlr.schedule import CONSTRUCTORS as _CONSTRUCTORS
+from fusedlr.schedule import Phase as Phase
+from fusedlr.schedule import Schedule as Schedule
+from fusedlr.schedule import constant as constant
+from fusedlr.schedule import constant_with_warmup as constant_with_warmup
+from fusedlr.schedule import cosine as cosine
+from fusedlr.schedule import cosine_warmup_with_min_lr as cosine_warmup_with_min_lr
+from fusedlr.schedule import cosine_with_min_lr as cosine_with_min_lr
+from fusedlr.schedule import cosine_with_restarts as cosine_with_restarts
+from fusedlr.schedule import from_hf as from_hf
+from fusedlr.schedule import from_torch as from_torch
+from fusedlr.schedule import inverse_sqrt as inverse_sqrt
+from fusedlr.schedule import linear as linear
+from fusedlr.schedule import polynomial as polynomial
+from fusedlr.schedule import table as table
+from fusedlr.schedule import total_steps as total_steps
+from fusedlr.schedule import warmup_stable_decay as warmup_stable_decay
+
 if TYPE_CHECKING:
     from fusedlr import lora as lora
     from fusedlr.backends import FallbackWarning as FallbackWarning
     from fusedlr.optimizer import FusedAdamW as FusedAdamW
-    from fusedlr.schedule import Phase as Phase
-    from fusedlr.schedule import Schedule as Schedule
-    from fusedlr.schedule import constant as constant
-    from fusedlr.schedule import constant_with_warmup as constant_with_warmup
-    from fusedlr.schedule import cosine as cosine
-    from fusedlr.schedule import cosine_warmup_with_min_lr as cosine_warmup_with_min_lr
-    from fusedlr.schedule import cosine_with_min_lr as cosine_with_min_lr
-    from fusedlr.schedule import cosine_with_restarts as cosine_with_restarts
-    from fusedlr.schedule import from_hf as from_hf
-    from fusedlr.schedule import from_torch as from_torch
-    from fusedlr.schedule import inverse_sqrt as inverse_sqrt
-    from fusedlr.schedule import linear as linear
-    from fusedlr.schedule import polynomial as polynomial
-    from fusedlr.schedule import table as table
-    from fusedlr.schedule import total_steps as total_steps
-    from fusedlr.schedule import warmup_stable_decay as warmup_stable_decay
 
 __version__ = "0.1.0"
 
 # name -> module that defines it; "" for a submodule
-_PUBLIC = {
-    "FallbackWarning": "backends",
-    "FusedAdamW": "optimizer",
-    "Phase": "schedule",
-    "Schedule": "schedule",
-    "constant": "schedule",
-    "constant_with_warmup": "schedule",
-    "cosine": "schedule",
-    "cosine_warmup_with_min_lr": "schedule",
-    "cosine_with_min_lr": "schedule",
-    "cosine_with_restarts": "schedule",
-    "from_hf": "schedule",
-    "from_torch": "schedule",
-    "inverse_sqrt": "schedule",
-    "linear": "schedule",
-    "lora": "",
-    "polynomial": "schedule",
-    "table": "schedule",
-    "total_steps": "schedule",
-    "warmup_stable_decay": "schedule",
-}
+_NEED_TORCH = {"FallbackWarning": "backends", "FusedAdamW": "optimizer", "lora": ""}
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_NEED_TORCH, *_CONSTRUCTORS, "Phase", "Schedule", "from_hf", "from_torch", "total_steps"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _PUBLIC[name]
+    module = _NEED_TORCH[name]
     value = (
         getattr(import_module(f"{__name__}.{module}"), name)
         if module
@@ -70,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_NEED_TORCH})

@@ -1,6 +1,10 @@
 """What the commands share: a parser, the choice of a device, a check of folders, text in columns."""
 
 import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -38,11 +42,25 @@ def device(asked: str, parser: argparse.ArgumentParser) -> str:
     return "cuda" if gpu and asked != "cpu" else "cpu"
 
 
+def nearest_folder(path: Path) -> Path:
+    """`path` or the nearest above it that exists: what is written there can be renamed to `path`."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A fresh folder in `parent` that is gone afterwards, whatever happened."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".fusedlr-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
     """`path`, absolute, if something can be written there; ends in `parser.error` if not."""
-    # here, because the demo imports this module
-    from fusedlr.demo.files import nearest_folder, temporary_folder
-
     path = path.expanduser().absolute()
     folder = nearest_folder(path)
     if not folder.is_dir():

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fusedlr.console import temporary_folder
 
 # raised whenever the contents of a cache entry change their meaning
 FORMAT = 1
@@ -25,23 +26,6 @@ def cache_entry(cache: Path, kind: str, **key: Any) -> Path:
     """
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
     return cache / "demo" / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def nearest_folder(path: Path) -> Path:
-    """`path` or the nearest above it that exists: what is written there can be renamed to `path`."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-@contextlib.contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A fresh folder in `parent` that is gone afterwards, whatever happened."""
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".fusedlr-demo-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ import time
 import warnings
 from dataclasses import asdict
 
+from fusedlr.console import nearest_folder, temporary_folder
 from fusedlr.demo.corpus import CorpusError
-from fusedlr.demo.files import nearest_folder, publish, temporary_folder
+from fusedlr.demo.files import publish
 from fusedlr.demo.options import resolve
 from fusedlr.demo.settings import Settings
 
