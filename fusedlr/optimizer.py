@@ -62,6 +62,9 @@ class FusedAdamW(Optimizer):
         state_dtype: None keeps fp32 moments for bf16 and fp16 parameters; `"param"` keeps them in the
             parameter's dtype, as torch.
         backend: `"auto"` or a name from `fusedlr.backends`; a backend that cannot run raises and says why.
+        process_group: processes that hold different parts of the model in plain tensors, as pipeline stages
+            do: their norms are added. Not needed for DTensors, whose meshes say over which processes to add.
+            A copy or a pickle of the optimizer is without it.
         maximize: climb instead of descend.
         foreach, capturable, fused: accepted for torch's signature; without effect.
         differentiable: must be False.
@@ -99,6 +102,7 @@ class FusedAdamW(Optimizer):
         amp_scaling: bool = True,
         state_dtype: str | None = None,
         backend: str = "auto",
+        process_group: Any = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -119,6 +123,7 @@ class FusedAdamW(Optimizer):
             "amp_scaling": arguments.flag("amp_scaling", amp_scaling),
             "state_dtype": state_dtype,
             "backend": backends.check_name(backend),
+            "process_group": process_group,
         }
         self._notes = Notes()
         defaults = {
@@ -180,7 +185,7 @@ class FusedAdamW(Optimizer):
                     signals = self._signals()
                     if plan is None or self._notes.changed or not plan.watch.unchanged(groups, self.state):
                         # None if this step was only to allocate the state
-                        plan = planner.plan_for(groups, self.state)
+                        plan = planner.plan_for(groups, self.state, signals)
                     if plan is not None:
                         run = plan.stepper.update if planner.is_measured(plan, signals) else plan.stepper.step
                         planner.made(plan, run(signals))
@@ -445,7 +450,8 @@ class FusedAdamW(Optimizer):
         self._counts.adopt(self.param_groups)
         return {
             **super().__getstate__(),
-            "_settings": self._settings,
+            # a process group is this process's own
+            "_settings": {**self._settings, "process_group": None},
             "_own": [dict(group.own) for group in self.param_groups],
             "_k": self._counts.read(self.param_groups),
             "_skipped": self._counts.read_skipped(),

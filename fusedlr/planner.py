@@ -14,8 +14,19 @@ from torch import Tensor
 from fusedlr import backends
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Notes, Options, has_schedule, warn_assigned
-from fusedlr.reference import Made, Signals, is_fake
-from fusedlr.step import Plan, State, allocate, devices_of, is_allocated, measure, prepare
+from fusedlr.reference import Made, Signals, is_fake, local
+from fusedlr.sharded import Layout, tell_failure
+from fusedlr.step import (
+    Plan,
+    State,
+    allocate,
+    candidates,
+    device_of,
+    devices_of,
+    is_allocated,
+    measure,
+    prepare,
+)
 from fusedlr.warn import warn
 
 NO_SIGNALS = Signals()
@@ -44,7 +55,14 @@ class Planner:
         self._updates = UpdateCounts()
         self._warned: set[str] = set()
 
-    def plan_for(self, groups: list[Any], state: State, *, may_only_allocate: bool = True) -> Plan | None:
+    def plan_for(
+        self,
+        groups: list[Any],
+        state: State,
+        signals: Signals = NO_SIGNALS,
+        *,
+        may_only_allocate: bool = True,
+    ) -> Plan | None:
         """The plan of a step on these groups, with the options that they have now.
 
         None if the step was only to allocate the state, which has been done then.
@@ -59,12 +77,14 @@ class Planner:
             return plan
         self._counts.adopt(groups)
         if plan is None or not plan.fits(groups, self._counts.counters):
-            return self._prepared(groups, state, may_only_allocate=may_only_allocate)
+            return self._prepared(groups, state, signals, may_only_allocate=may_only_allocate)
         self._options = self._new_options(groups)
         plan.stepper.assign(self._options.groups, self._options.scopes)
         return plan
 
-    def _prepared(self, groups: list[Any], state: State, *, may_only_allocate: bool) -> Plan | None:
+    def _prepared(
+        self, groups: list[Any], state: State, signals: Signals, *, may_only_allocate: bool
+    ) -> Plan | None:
         """Check everything and make the plan; None if the step was only to allocate the state."""
         before, self.plan = self.plan, None
         if before is not None:
@@ -75,7 +95,8 @@ class Planner:
         # what is not a number raises here, before any group has been updated
         options, state_dtype = self._new_options(groups), self._settings["state_dtype"]
         self._warn_once("gradients", warn_without_gradients, groups)
-        if may_only_allocate and only_allocates(groups, state, self._notes):
+        layout = Layout.of(candidates(groups, state), self._settings["process_group"])
+        if may_only_allocate and only_allocates(groups, state, self._notes, layout):
             allocate(groups, state, options, self._updates, state_dtype)
             self._notes.clear()
             self._notes.changed = True
@@ -83,7 +104,13 @@ class Planner:
         if self.is_capturing() and not is_allocated(groups, state, self._updates, state_dtype):
             # tensors allocated while a CUDA graph is captured have no values until it is replayed
             raise RuntimeError(_ALLOCATE_BEFORE_CAPTURE)
-        self.plan = prepare(groups, state, options, self._counts, self._updates, backend, state_dtype)
+        given = self._counts, self._updates, backend, state_dtype, layout
+        try:
+            self.plan = prepare(groups, state, options, *given)
+        except Exception:
+            if layout is not None:
+                tell_failure(layout, options.scopes, signals, self._counts.counters.squares)
+            raise
         self._options = options
         return self.plan
 
@@ -121,7 +148,9 @@ class Planner:
             plan.watch.remember_gradients()
         finally:
             self.release()
-        self._measured = plan if scale is None and self._settings["amp_scaling"] else None
+        # processes would have to agree that none of their gradients has changed
+        alone = plan.layout is None
+        self._measured = plan if alone and scale is None and self._settings["amp_scaling"] else None
         return self._counts.counters.squares.sqrt()
 
     def is_measured(self, plan: Plan, signals: Signals) -> bool:
@@ -164,11 +193,13 @@ def choose_backend(groups: list[dict[str, Any]], name: str) -> backends.Backend:
     return backends.choose(name, devices_of(groups))
 
 
-def only_allocates(groups: list[dict[str, Any]], state: State, notes: Notes) -> bool:
+def only_allocates(
+    groups: list[dict[str, Any]], state: State, notes: Notes, layout: Layout | None = None
+) -> bool:
     """Whether this is the step at lr 0 that checkpoint tools make to have the state allocated.
 
     They assign that rate, which a warm-up from 0 shows already, and nothing else, and their gradients are
-    zero. These are looked at, which waits for a GPU, only if all the rest is so.
+    zero, on every process. These are looked at, which waits for a GPU, only if all the rest is so.
     """
     assigned = notes.lr_assigned if notes.others_assigned else notes.lr_assigned | notes.lr_written_back
     assigned_0 = len(groups) > 0 and all(
@@ -178,15 +209,12 @@ def only_allocates(groups: list[dict[str, Any]], state: State, notes: Notes) -> 
         and group["lr"] == 0
         for group in groups
     )
-    return (
-        assigned_0
-        and not state
-        and not any(
-            p.grad is not None and (p.grad.layout != torch.strided or bool(p.grad.any()))
-            for group in groups
-            for p in group["params"]
-        )
-    )
+    if not assigned_0 or state:
+        return False
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    # what cannot be looked at so is refused later
+    some = any(x.layout != torch.strided or bool(local(x).any()) for x in grads)
+    return not (some if layout is None else layout.any(some, device_of(groups, torch.device("cpu"))))
 
 
 def check_capture(groups: list[dict[str, Any]]) -> None:
@@ -206,7 +234,7 @@ def warn_parts(before: Plan, groups: list[dict[str, Any]]) -> bool:
     Wrappers that make one step per part of a group (DeepSpeed's ZeRO stage 3) move its schedule on at each.
     """
     for i, group in enumerate(groups):
-        stepped = {id(row.param) for row in before.rows if before.groups[row.group] is group}
+        stepped = {id(row.owner) for row in before.rows if before.groups[row.group] is group}
         if has_schedule(group) and stepped and stepped.isdisjoint(map(id, group["params"])):
             warn(
                 f"group {i} holds none of the parameters that it had in the last step, and its schedule "

@@ -44,33 +44,61 @@ def is_fake(x: Tensor) -> bool:
     return type(x).__name__ == "FakeTensor"
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process may hold a part."""
+    # by name: its module is slow to import
+    return type(x).__name__ == "DTensor"
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor: of a DTensor its local part, else all of it."""
+    if not is_sharded(x):
+        return x
+    part: Tensor = x._local_tensor  # type: ignore[attr-defined]
+    # the result of a collective that may be under way
+    return part.wait() if type(part).__name__ == "AsyncCollectiveTensor" else part  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One tensor of the step, whose gradient is `param.grad` or missing.
+    """One tensor of the step, whose gradient is `owner.grad` or missing.
 
     A row keeps no tensor but its parameter alive, so that moments can be offloaded between steps.
     """
 
     group: int  # index of its param group
-    param: Tensor
+    owner: Tensor  # the parameter, as the optimizer has it
     all_state: dict[Tensor, dict[str, Any]]  # of the optimizer: parameter -> what is kept for it
     names: tuple[str, ...]  # those of `columns.STATE` that a step of this tensor needs
+    counted: bool = True  # whether this process's part is in the norm: of replicas one is
+
+    @property
+    def param(self) -> Tensor:
+        """The part of the parameter that this process holds, which a step updates."""
+        return local(self.owner)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of that part."""
+        return None if self.owner.grad is None else local(self.owner.grad)
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors under these names, of the parameter's shape."""
-        entry = self.all_state[self.param]
-        return {name: entry[name] for name in self.names}
+        """The tensors under these names, of that part's shape."""
+        entry = self.all_state[self.owner]
+        return {name: local(entry[name]) for name in self.names}
 
     @property
     def step(self) -> Tensor:
         """The updates applied to this tensor, t; 0-dim float32."""
-        return self.all_state[self.param]["step"]
+        return self.all_state[self.owner]["step"]
 
     @staticmethod
-    def alone(group: int, param: Tensor, state: dict[str, Tensor], step: Tensor) -> Row:
+    def alone(
+        group: int, param: Tensor, state: dict[str, Tensor], step: Tensor, *, counted: bool = True
+    ) -> Row:
         """A row with state of its own."""
-        return Row(group, param, {param: {**state, "step": step}}, tuple(state))
+        return Row(group, param, {param: {**state, "step": step}}, tuple(state), counted)
 
     def written(self) -> list[Tensor]:
         """The tensors that a step writes."""
@@ -110,10 +138,18 @@ class Scope:
 
 @dataclass(frozen=True)
 class Signals:
-    """What a GradScaler leaves on the optimizer for one step; None where it left nothing."""
+    """What one step is told; None where there is nothing to tell.
+
+    Attributes:
+        grad_scale: what a GradScaler multiplied the loss by.
+        found_inf: anything but 0 where it found a gradient that is not finite.
+        stepped: of shape (scopes,), not 0 where some process has a gradient of the scope; None where only
+            the gradients of this process matter.
+    """
 
     grad_scale: Tensor | float | None = None
     found_inf: Tensor | float | None = None
+    stepped: Tensor | None = None
 
 
 class Inputs(Protocol):
@@ -284,6 +320,10 @@ class ReferenceStepper:
         """Decide, update and count."""
         rates = self._inputs.rates
         update_(self._rows, self._groups, self._scopes, self._counters, signals, rates)
+        # parts were written to, which does not count as a write to what they are parts of
+        owners = [row.owner for row in self._rows if is_sharded(row.owner) and row.grad is not None]
+        if owners:
+            torch.autograd.graph.increment_version(owners)
 
     def step(self, signals: Signals) -> None:
         """Both stages in one."""
@@ -298,7 +338,7 @@ class ReferenceStepper:
 
 def active_scopes(rows: Sequence[Row], groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> list[bool]:
     """Per scope whether it makes a step with the gradients that there are now."""
-    stepped = {groups[row.group].scope for row in rows if row.param.grad is not None}
+    stepped = {groups[row.group].scope for row in rows if row.grad is not None}
     return [scope.always or i in stepped for i, scope in enumerate(scopes)]
 
 
@@ -314,7 +354,7 @@ def norm_(
     factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
     for i, scope in enumerate(scopes):
         if scope.normed:
-            grads = [row.param.grad for row in rows if groups[row.group].scope == i]
+            grads = [row.grad for row in rows if groups[row.group].scope == i and row.counted]
             counters.squares[i] = sum_of_squares([g for g in grads if g is not None], factor, xp)
 
 
@@ -337,9 +377,11 @@ def update_(
         rates: per group the rate of a group without a schedule whose rate is a number.
     """
     xp = counters.math
-    active = active_scopes(rows, groups, scopes)
+    here = active_scopes(rows, groups, scopes)
     for s, scope in enumerate(scopes):
-        if not active[s]:
+        # where another process may have a gradient of the scope, the device knows
+        active = None if scope.always or signals.stepped is None else xp.scalar(signals.stepped[s]) != 0
+        if active is None and not here[s]:
             continue
         skip = torch.zeros((), dtype=torch.bool, device=xp.device)
         if signals.found_inf is not None:
@@ -362,12 +404,18 @@ def update_(
             else:
                 lr = xp.scalar(rates[i] if group.lr is None else group.lr)
             for row in rows:
-                if row.group == i and row.param.grad is not None:
+                if row.group == i and row.grad is not None:
                     adamw_(row, group, lr, factor, skip)
-            counters.lr[i], counters.grad_norm[i], counters.coef[i] = lr, norm, coef
-            counters.k[i] += ~skip
-            counters.skipped[i] += skip
-            counters.skips_in_row[i] = (counters.skips_in_row[i] + 1) * skip
+            used = torch.stack([lr, norm, coef])
+            made, skipped, in_row = ~skip, skip, (counters.skips_in_row[i] + 1) * skip
+            if active is not None:
+                used = torch.where(active, used, counters.used[:, i])
+                made, skipped = made & active, skipped & active
+                in_row = torch.where(active, in_row, counters.skips_in_row[i])
+            counters.used[:, i] = used
+            counters.k[i] += made
+            counters.skipped[i] += skipped
+            counters.skips_in_row[i] = in_row
 
 
 def sum_of_squares(grads: Sequence[Tensor], factor: Tensor | None, xp: TensorMath) -> Tensor:
@@ -389,7 +437,7 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     2**22 numbers between 0 and 1 a fifth on an AMD EPYC, torch 2.13). The compiled steps round it correctly.
     `bc = 1 - b**t` is written as `-expm1(t*log(b))`, which keeps its digits at small `t`.
     """
-    assert row.param.grad is not None
+    assert row.grad is not None
     b1, b2 = group.betas
     state = row.state
     p, m, v = _compute(row.param), _compute(state["exp_avg"]), _compute(state["exp_avg_sq"])
@@ -400,7 +448,7 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     bc1 = -torch.expm1(t.to(lr.dtype) * _log(b1))
     bc2 = -torch.expm1(t.to(lr.dtype) * _log(b2))
 
-    g = _compute(row.param.grad)
+    g = _compute(row.grad)
     if factor is not None:
         g = g * move(factor, device, dtype)
     if group.maximize:

@@ -20,6 +20,7 @@ from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Options, parameter_name
 from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper, is_fake
+from fusedlr.sharded import Layout, ReducingStepper
 from fusedlr.tensors import SHARDED, gradient_misfit, state_misfit
 
 State = dict[Tensor, dict[str, Any]]
@@ -51,6 +52,7 @@ class Plan:
     rows: list[Row]
     watch: Watch
     stepper: Stepper
+    layout: Layout | None  # of the processes that share the step; None where this one makes it alone
 
     def fits(self, groups: list[dict[str, Any]], counters: Counters) -> bool:
         """Whether the stepper can take other options of these groups: it has the addresses of state and
@@ -85,6 +87,7 @@ def prepare(
     updates: UpdateCounts,
     backend: Backend,
     state_dtype: str | None,
+    layout: Layout | None = None,
 ) -> Plan:
     """The plan of a step on these groups: a row for every parameter that has a gradient or has had one.
 
@@ -98,17 +101,20 @@ def prepare(
     counts.place_on(device_of(groups, counts.counters.k.device), fp32=backend.single)
     rows = []
     for i, (group, params) in enumerate(zip(groups, found, strict=True)):
-        rows += [Row(i, p, state, names_of_state(group)) for p in params]
+        names = names_of_state(group)
+        rows += [Row(i, p, state, names, layout is None or layout.counts(p)) for p in params]
     watch = _watch(groups, state, rows)
     stepper = backend.prepare(rows, counts.counters, watch)
+    if layout is not None:
+        stepper = ReducingStepper(stepper, layout, rows, counts.counters, watch)
     stepper.assign(options.groups, options.scopes)
-    names = list(map(names_of_state, groups))
-    return Plan(list(groups), names, counts.counters, rows, watch, stepper)
+    names_of_groups = list(map(names_of_state, groups))
+    return Plan(list(groups), names_of_groups, counts.counters, rows, watch, stepper, layout)
 
 
 @torch.no_grad()
 def measure(plan: Plan, options: Options, signals: Signals) -> None:
-    """Write the sums of squares of all scopes, of those too whose steps need no norm.
+    """Write the sums of squares of all scopes, of those too whose steps need no norm; over all processes.
 
     Raises:
         RuntimeError: a parameter has no norm on this process alone.
@@ -118,11 +124,11 @@ def measure(plan: Plan, options: Options, signals: Signals) -> None:
     grads: dict[int, list[Tensor]] = {i: [] for i in unnormed}
     for row in plan.rows if unnormed else ():
         scope = options.groups[row.group].scope
-        if scope not in unnormed or row.param.grad is None:
+        if scope not in unnormed or row.grad is None or not row.counted:
             continue
-        if getattr(row.param, "_fsdp_flattened", False):
-            raise RuntimeError(f"{parameter_name(plan.groups[row.group], row.group, row.param)}: {SHARDED}")
-        grads[scope].append(row.param.grad)
+        if getattr(row.owner, "_fsdp_flattened", False):
+            raise RuntimeError(f"{parameter_name(plan.groups[row.group], row.group, row.owner)}: {SHARDED}")
+        grads[scope].append(row.grad)
     plan.stepper.norm(signals)
     xp = plan.counters.math
     factor = 1 if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
@@ -135,6 +141,9 @@ def measure(plan: Plan, options: Options, signals: Signals) -> None:
             each = torch.stack(torch._foreach_norm(alike, 2, dtype=dtype))
             norms.append(xp.scalar(torch.linalg.vector_norm(each.to(xp.dtype))))
         plan.counters.squares[scope] = (torch.stack(norms) * factor).square().sum()
+    if plan.layout is not None:
+        squares = plan.counters.squares[: len(options.scopes)]
+        squares.copy_(plan.layout.add(squares.clone()))
 
 
 @torch.no_grad()
@@ -222,9 +231,9 @@ def _complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], dtype: to
 
 def _watch(groups: list[dict[str, Any]], state: State, rows: list[Row]) -> Watch:
     # the compiled watch looks at addresses
-    if compiled.host is not None and not any(is_fake(row.param) for row in rows):
+    if compiled.host is not None and not any(is_fake(row.owner) for row in rows):
         try:
-            params = [row.param for row in rows]
+            params = [row.owner for row in rows]
             watch = compiled.host.Watch(groups, state, params, (*STATE, "step"))
             # notes gradients and rates
             if watch.unchanged(groups, state):

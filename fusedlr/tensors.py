@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedlr.columns import STATE
+from fusedlr.reference import is_sharded, local
 
 # what a moment may be put in as; whole numbers are turned into floating point
 _MOMENTS = (
@@ -17,8 +18,9 @@ _MOMENTS = (
 )
 
 SHARDED = (
-    "a parameter sharded by FSDP has no gradient norm here: clip with FSDP's clip_grad_norm_, and pass "
-    "max_grad_norm=None and nonfinite='propagate'"
+    "a parameter sharded by FullyShardedDataParallel has no gradient norm here: shard with fully_shard "
+    "(FSDP2), whose parameters do, or clip with FSDP's clip_grad_norm_, and pass max_grad_norm=None and "
+    "nonfinite='propagate'"
 )
 
 
@@ -30,10 +32,11 @@ def gradient_misfit(p: Tensor, normed: bool) -> str | None:
     if normed and getattr(p, "_fsdp_flattened", False):
         return SHARDED
     for x, what in ((p, "a parameter"), (grad, "a gradient")):
-        if type(x).__name__ == "DTensor":
-            return f"{what} that is a DTensor is not supported: no norm over shards is defined here"
         if x.is_complex():
             return f"{what} that is complex is not supported"
+    reason = _spread_misfit("gradient", grad, p)
+    if reason:
+        return reason
     if grad.layout != torch.strided:
         return f"a gradient of layout {grad.layout} is not supported: gradients must be dense"
     if grad.dtype != p.dtype:
@@ -48,9 +51,9 @@ def gradient_misfit(p: Tensor, normed: bool) -> str | None:
         return "a parameter on the meta device has no numbers to update"
     for x, what in ((p, "the parameter"), (grad, "its gradient")):
         # FSDP leaves parameters whose storage has been freed
-        if _is_freed(x):
+        if _is_freed(local(x)):
             return f"the memory of {what} has been freed"
-    if _share_memory(p):
+    if _share_memory(local(p)):
         return f"a parameter whose elements share memory, stride {p.stride()}, cannot be updated in place"
     return None
 
@@ -73,9 +76,12 @@ def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
             return f"its {key} is of layout {value.layout}, expected a dense tensor"
         if value.dtype not in _MOMENTS:
             return f"its {key} is {value.dtype}, expected a floating point number of 16 bits or more"
-        if _share_memory(value):
+        reason = _spread_misfit(key, value, p)
+        if reason:
+            return reason
+        if _share_memory(local(value)):
             return f"its {key} has elements that share memory, stride {value.stride()}"
-        if _is_freed(value):
+        if _is_freed(local(value)):
             return f"the memory of its {key} has been freed"
     step = entry.get("step", 0) if entry else 0
     if isinstance(step, Tensor) and step.numel() != 1:
@@ -83,6 +89,23 @@ def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     if not isinstance(step, (Tensor, Real)):
         return f"its step is {step!r}, expected a number"
     return None
+
+
+def _spread_misfit(what: str, x: Tensor, p: Tensor) -> str | None:
+    """Why a tensor is not spread over processes as its parameter is."""
+    for tensor, name in ((p, "the parameter"), (x, f"its {what}")):
+        if any(place.is_partial() for place in getattr(tensor, "placements", ())):
+            return f"{name} is {_placements(tensor)}, a sum that is still to be made: redistribute it first"
+    spread = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in (p, x)]  # type: ignore[attr-defined]
+    if spread[0] == spread[1]:
+        return None
+    return f"its {what} is {_placements(x)}, but the parameter is {_placements(p)}"
+
+
+def _placements(x: Tensor) -> str:
+    if not is_sharded(x):
+        return "a plain tensor"
+    return f"{x.placements} on {x.device_mesh}"  # type: ignore[attr-defined]
 
 
 def _share_memory(x: Tensor) -> bool:

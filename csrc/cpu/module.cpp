@@ -111,12 +111,15 @@ py::tuple report(const Stepper& stepper) {
 // gradients, rates: where an array of addresses (one per tensor) and one of doubles (one per group) begin.
 // Returns the report of an update, None of a norm alone.
 py::object run(Stepper& stepper, int stages, uintptr_t gradients, uintptr_t rates,
-               std::optional<double> grad_scale, bool found_inf, int threads) {
+               std::optional<double> grad_scale, bool found_inf, int threads,
+               std::optional<std::vector<bool>> stepped) {
+    if (stepped && stepped->size() != stepper.scopes())
+        throw std::invalid_argument("there is an entry per scope");
     {
         const py::gil_scoped_release release;
-        stepper.run(stages,
-                    {reinterpret_cast<const uintptr_t*>(gradients), reinterpret_cast<const double*>(rates),
-                     grad_scale ? 1 / *grad_scale : 1, found_inf, threads});
+        stepper.run(stages, {reinterpret_cast<const uintptr_t*>(gradients),
+                             reinterpret_cast<const double*>(rates), grad_scale ? 1 / *grad_scale : 1,
+                             found_inf, threads, stepped ? std::move(*stepped) : std::vector<bool>()});
     }
     if (stages & kUpdate) return report(stepper);
     return py::none();

@@ -116,7 +116,8 @@ void Stepper::run(int stages, const Inputs& inputs) {
 
 // A scope makes the step if one of its tensors has a gradient, or if it always does.
 void Stepper::begin(const Inputs& inputs) {
-    for (size_t s = 0; s < scopes_.size(); ++s) active_[s] = scopes_[s].always;
+    for (size_t s = 0; s < scopes_.size(); ++s)
+        active_[s] = scopes_[s].always || (!inputs.stepped.empty() && inputs.stepped[s]);
     for (size_t i = 0; i < rows_.size(); ++i)
         if (inputs.gradients[i]) active_[groups_[rows_[i].group].scope] = true;
 }

@@ -53,6 +53,8 @@ struct Inputs {
     double unscale;              // what multiplies every gradient
     bool found_inf;
     int threads;
+    // whether each scope has a gradient somewhere; empty where only those of this process matter
+    std::vector<bool> stepped;
 };
 
 // the stages that a call makes: the sums of squares of all scopes that need a norm, and all that follows
@@ -83,6 +85,7 @@ class Stepper {
 
     size_t rows() const { return rows_.size(); }
     size_t groups() const { return groups_.size(); }
+    size_t scopes() const { return scopes_.size(); }
     const Counters& counters() const { return counters_; }
     // whether the group's scope made the last step
     bool stepped(size_t group) const { return active_[groups_[group].scope]; }

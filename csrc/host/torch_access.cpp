@@ -1,5 +1,7 @@
 #include "torch_access.h"
 
+#include <cstring>
+
 namespace py = pybind11;
 
 namespace fusedlr {
@@ -17,6 +19,8 @@ Torch::Torch() {
     params_name = PyUnicode_InternFromString("params");
     lr_name = PyUnicode_InternFromString("lr");
     version_name = PyUnicode_InternFromString("_version");
+    local_name = PyUnicode_InternFromString("_local_tensor");
+    spec_name = PyUnicode_InternFromString("_spec");
     const py::object capsule = py::getattr(py::handle(tensor), "__dlpack_c_exchange_api__", py::none());
     if (capsule.is_none()) return;
     const void* const api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
@@ -37,6 +41,11 @@ py::object Torch::gradient(PyObject* param) const {
     }
     if (!value) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(value);
+}
+
+bool Torch::is_sharded(PyObject* object) const {
+    // by name: its module is slow to import
+    return !std::strcmp(Py_TYPE(object)->tp_name, "DTensor");
 }
 
 bool Torch::is_negated(PyObject* object) const {

@@ -15,7 +15,7 @@ struct Torch {
     PyObject* grad;                // its getter
     PyObject* is_neg;              // unbound method
     PyObject* increment_version;
-    PyObject *grad_name, *params_name, *lr_name, *version_name;
+    PyObject *grad_name, *params_name, *lr_name, *version_name, *local_name, *spec_name;
 
     Torch();
 
@@ -23,6 +23,8 @@ struct Torch {
     pybind11::object gradient(PyObject* param) const;
     // whether the tensor's memory holds the opposite numbers
     bool is_negated(PyObject* tensor) const;
+    // whether it is a DTensor, which describes no memory itself
+    bool is_sharded(PyObject* tensor) const;
     // what the tensor is; its address is that of the first element
     dlpack::Tensor describe(PyObject* tensor) const;
 };

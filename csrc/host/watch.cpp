@@ -17,6 +17,18 @@ bool same_extents(const dlpack::Tensor& a, const int64_t* b) {
     return true;
 }
 
+py::object attribute(PyObject* object, PyObject* name) {
+    PyObject* const value = PyObject_GetAttr(object, name);
+    if (!value) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
+}
+
+bool same(const py::object& a, const py::object& b) {
+    const int equal = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+    if (equal < 0) throw py::error_already_set();
+    return equal;
+}
+
 bool is_number(PyObject* rate) { return PyFloat_Check(rate) || PyLong_Check(rate); }
 
 }  // namespace
@@ -59,7 +71,8 @@ void Watch::add_row(PyObject* param, PyObject* entry) {
     Row row = {meta(param), {}, {}, true};
     // a gradient that comes later is expected to look like its parameter
     row.grad = gradient.is_none() ? row.param : meta(gradient.ptr());
-    if (gradient.is_none()) row.grad.type = reinterpret_cast<PyTypeObject*>(torch().tensor);
+    if (gradient.is_none() && !row.grad.wrapper)
+        row.grad.type = reinterpret_cast<PyTypeObject*>(torch().tensor);
     // Torch makes negative views of imaginary parts alone, whose numbers lie two apart. To ask each gradient
     // would give up the interpreter's lock as often: another thread that wants it keeps it for milliseconds
     for (uint32_t i = row.grad.begin; i < row.grad.end; i += 2)
@@ -72,9 +85,16 @@ void Watch::add_row(PyObject* param, PyObject* entry) {
 }
 
 Meta Watch::meta(PyObject* tensor) {
+    PyTypeObject* const wrapper = torch().is_sharded(tensor) ? Py_TYPE(tensor) : nullptr;
+    py::object spec, part;
+    if (wrapper) {
+        spec = attribute(tensor, torch().spec_name), part = attribute(tensor, torch().local_name);
+        tensor = part.ptr();
+    }
     if (torch().is_negated(tensor)) throw std::runtime_error("a tensor is a negative view");
     const dlpack::Tensor t = torch().describe(tensor);
     Meta seen = {t.data, Py_TYPE(tensor), t.device, t.dtype, 1, uint32_t(extents_.size()), 0};
+    seen.wrapper = wrapper, seen.spec = spec;
     for (int32_t i = 0; i < t.ndim; ++i) {
         seen.size *= t.shape[i];
         extents_.push_back(t.shape[i]);
@@ -85,7 +105,16 @@ Meta Watch::meta(PyObject* tensor) {
     return seen;
 }
 
-bool Watch::as_before(PyObject* tensor, const Meta& before, void** moved_to) const {
+// spread: whether a DTensor has to be spread as before, too
+bool Watch::as_before(PyObject* tensor, const Meta& before, bool spread, void** moved_to) const {
+    py::object part;
+    if (tensor && before.wrapper) {
+        if (Py_TYPE(tensor) != before.wrapper) return false;
+        // FSDP gives every gradient the same description; others make an equal one
+        if (spread && !same(attribute(tensor, torch().spec_name), before.spec)) return false;
+        part = attribute(tensor, torch().local_name);
+        tensor = part.ptr();
+    }
     if (!tensor || Py_TYPE(tensor) != before.type) return false;
     const dlpack::Tensor t = torch().describe(tensor);
     if (moved_to) *moved_to = t.data;
@@ -135,9 +164,9 @@ bool Watch::note_gradient(PyObject* param, int64_t index) {
     py::object gradient = torch().gradient(param);
     if (index < 0) return gradient.is_none();
     const Row& row = rows_[size_t(index)];
-    if (!as_before(param, row.param)) return false;
+    if (!as_before(param, row.param, true)) return false;
     void* moved_to = nullptr;
-    if (!gradient.is_none() && (!as_before(gradient.ptr(), row.grad, &moved_to) ||
+    if (!gradient.is_none() && (!as_before(gradient.ptr(), row.grad, true, &moved_to) ||
                                 (row.may_be_negated && torch().is_negated(gradient.ptr()))))
         return false;
     // an empty tensor may have no address, and has nothing to step either way but its count
@@ -165,7 +194,7 @@ bool Watch::same_state(PyObject* state) {
         for (size_t i = 0; i < names_.size(); ++i) {
             if (!row.state[i].type) continue;
             PyObject* const value = PyDict_GetItemWithError(entry, names_[i]);
-            if (!as_before(value, row.state[i])) return false;
+            if (!as_before(value, row.state[i], false)) return false;
             alive_.push_back(py::reinterpret_borrow<py::object>(value));
         }
     }

@@ -26,6 +26,10 @@ struct Meta {
     dlpack::DataType dtype;
     int64_t size;  // elements
     uint32_t begin, end;
+    // of a DTensor, whose local part the rest is about; null for any other tensor
+    PyTypeObject* wrapper = nullptr;
+    // over which mesh it is spread, and how
+    pybind11::object spec = {};
 };
 
 class Watch {
@@ -83,7 +87,7 @@ class Watch {
     };
 
     Meta meta(PyObject* tensor);
-    bool as_before(PyObject* tensor, const Meta& before, void** moved_to = nullptr) const;
+    bool as_before(PyObject* tensor, const Meta& before, bool spread, void** moved_to = nullptr) const;
     void add_row(PyObject* param, PyObject* entry);
     bool note_rate(size_t group, PyObject* object);
     bool note_gradient(PyObject* param, int64_t row);

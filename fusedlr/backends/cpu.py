@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedlr import reference
 from fusedlr.backends import compiled
 from fusedlr.backends.compiled import TYPES
-from fusedlr.backends.order import CopyingStepper, has_memory, in_order
+from fusedlr.backends.order import CopyingStepper, CountedGradients, has_memory, in_order
 from fusedlr.columns import STATE
 from fusedlr.reference import Counters, GroupStep, Inputs, Made, Row, Scope, Signals, Stepper
 from fusedlr.schedule import SHAPES, Schedule, whole_and_rest
@@ -61,6 +61,7 @@ class CpuStepper:
 
     def __init__(self, rows: Sequence[Row], counters: Counters, inputs: Inputs) -> None:
         self._inputs, self._rows = inputs, rows
+        self._counted = CountedGradients(rows, inputs)
         # kept, because the compiled stepper has their addresses
         self._counters = counters
         self._rates: list[tuple[int, Tensor]] = []
@@ -94,7 +95,8 @@ class CpuStepper:
 
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        self._compiled.run(compiled.cpu.NORM, *self._given(signals))
+        _, *given = self._given(signals)
+        self._compiled.run(compiled.cpu.NORM, self._counted.at, *given)
 
     def update(self, signals: Signals) -> Made:
         """Decide, update and count."""
@@ -120,13 +122,14 @@ class CpuStepper:
             for i, lr in self._rates:
                 self._given_rates[i] = lr.item()
             rates = self._given_rates.buffer_info()[0]
-        scale, inf = signals.grad_scale, signals.found_inf
+        scale, inf, stepped = signals.grad_scale, signals.found_inf, signals.stepped
         return (
             inputs.gradients_at,
             rates,
             None if scale is None else float(scale),
             inf is not None and float(inf) != 0,
             torch.get_num_threads(),
+            None if stepped is None else [x != 0 for x in stepped.tolist()],
         )
 
 
@@ -152,7 +155,7 @@ def _address(x: Tensor | None) -> int:
 
 def _runs(row: Row) -> bool:
     """Whether there is a loop for these dtypes, and memory for it to read: some subclasses have none."""
-    grad, (dtype, *others) = row.param.grad, [x.dtype for x in row.state.values()]
+    grad, (dtype, *others) = row.grad, [x.dtype for x in row.state.values()]
     return (
         row.param.dtype in TYPES
         and dtype in (torch.float64, torch.float32, row.param.dtype)

@@ -46,14 +46,30 @@ class StepInputs:
 
     def increment_versions(self) -> None:
         """Tell autograd that the parameters that have a gradient are written to."""
-        torch.autograd.graph.increment_version(
-            [row.param for row in self._rows if row.param.grad is not None]
-        )
+        torch.autograd.graph.increment_version([row.owner for row in self._rows if row.grad is not None])
+
+
+class CountedGradients:
+    """Addresses of the gradients whose squares this process adds up: 0 for those that others count."""
+
+    def __init__(self, rows: Sequence[Row], inputs: Inputs) -> None:
+        self._inputs, self._counted = inputs, [row.counted for row in rows]
+        self._all = all(self._counted)
+        self._addresses = array("Q")
+
+    @property
+    def at(self) -> int:
+        """Where they lie in memory, one per row, until this is asked again."""
+        if self._all:
+            return self._inputs.gradients_at
+        found = zip(self._inputs.gradients, self._counted, strict=True)
+        self._addresses = array("Q", [address if counted else 0 for address, counted in found])
+        return self._addresses.buffer_info()[0]
 
 
 def address_of_gradient(row: Row) -> int:
     """The address of a row's gradient: 0 where there is none, another number where it has no elements."""
-    grad = row.param.grad
+    grad = row.grad
     if grad is not None and is_fake(grad):
         return 1
     return 0 if grad is None else grad.data_ptr() or int(grad.numel() == 0)
@@ -121,7 +137,7 @@ class CopyingStepper:
 def in_order(row: Row) -> Row:
     """The row, if its elements lie in the same order in all its tensors; else with contiguous copies."""
     updated = [row.param, *row.state.values()]
-    tensors = updated if row.param.grad is None else [row.param.grad, *updated]
+    tensors = updated if row.grad is None else [row.grad, *updated]
     # the memory of a negative view holds the opposite numbers
     if not any(map(Tensor.is_neg, tensors)):
         if all(map(Tensor.is_contiguous, tensors)):
@@ -130,15 +146,16 @@ def in_order(row: Row) -> Row:
             return row
     # the moments' copies may be of the parameter's layout, but this happens once in a while at most
     param, *state = (x.detach().resolve_neg().contiguous() for x in updated)
-    if row.param.grad is not None:
-        param.grad = row.param.grad.detach().resolve_neg().contiguous()
-    return Row.alone(row.group, param, dict(zip(row.names, state, strict=True)), row.step)
+    if row.grad is not None:
+        param.grad = row.grad.detach().resolve_neg().contiguous()
+    kept = dict(zip(row.names, state, strict=True))
+    return Row.alone(row.group, param, kept, row.step, counted=row.counted)
 
 
 def copy_back(rows: Sequence[Row], ordered: Sequence[Row]) -> None:
     """Give the tensors that a copy of `in_order` stood in for their new values."""
     for row, copy in zip(rows, ordered, strict=True):
-        if row is copy or row.param.grad is None:
+        if row is copy or row.grad is None:
             continue
         for old, new in zip(row.written(), copy.written(), strict=True):
             if old.data_ptr() != new.data_ptr():
@@ -147,7 +164,7 @@ def copy_back(rows: Sequence[Row], ordered: Sequence[Row]) -> None:
 
 def has_memory(row: Row) -> bool:
     """Whether every tensor's values are at its address: some subclasses keep them elsewhere."""
-    tensors = row.written() if row.param.grad is None else [row.param.grad, *row.written()]
+    tensors = row.written() if row.grad is None else [row.grad, *row.written()]
     return all(x.data_ptr() for x in tensors if x.numel())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit import make, make_params, scheduled, set_grads, steps
-from snapshots import bits, unchanged
+from snapshots import unchanged
 from torch import nn
 
 
@@ -73,35 +73,6 @@ def test_a_parameter_that_cannot_be_trained_is_refused_when_it_has_a_gradient(te
     good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
     with unchanged(optimizer), pytest.raises(RuntimeError, match=f"parameter 1 of group 0, .*: .*{message}"):
         optimizer.step()
-
-
-@pytest.fixture
-def one_process():
-    distributed = pytest.importorskip("torch.distributed")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_process")
-def test_sharded_parameters_are_refused_when_they_have_a_gradient():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    good = make_params()[0]
-    sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-    optimizer = scheduled([("good", good), ("sharded", sharded)])
-    assert repr(optimizer)
-    good.grad = torch.ones_like(good)
-    optimizer.step()
-    sharded.grad = torch.ones_like(sharded)
-    before = bits(good), bits(sharded.to_local()), bits(optimizer.metrics()["step"])
-    with pytest.raises(
-        RuntimeError, match="parameter 'sharded': a parameter that is a DTensor is not supported"
-    ):
-        optimizer.step()
-    assert (bits(good), bits(sharded.to_local()), bits(optimizer.metrics()["step"])) == before
 
 
 @pytest.mark.parametrize("options", ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}), ids=repr)

@@ -36,7 +36,7 @@ EDITS = {
     "clipping that scales up": (".clamp(max=1)", ".clamp(max=1e9)"),
     "norm of the first tensor": ("for grad in grads:\n", "for grad in list(grads)[:1]:\n"),
     "norm per group": (
-        "for row in rows if groups[row.group].scope == i]",
+        "for row in rows if groups[row.group].scope == i and row.counted]",
         "for row in rows if row.group == i]",
     ),
     "warm-up off by one": (
@@ -44,10 +44,10 @@ EDITS = {
         "counters.k[i] + 1, group.schedule.table",
     ),
     "schedule that counts gradients": (
-        "counters.k[i] += ~skip",
-        "counters.k[i] += any(row.group == i and row.param.grad is not None for row in rows)",
+        "counters.k[i] += made",
+        "counters.k[i] += any(row.group == i and row.grad is not None for row in rows)",
     ),
-    "skipped step moves the schedule": ("counters.k[i] += ~skip", "counters.k[i] += 1"),
+    "skipped step moves the schedule": ("counters.k[i] += made", "counters.k[i] += 1"),
     "skipped step counts for the bias": ("t = row.step + ~skip", "t = row.step + 1"),
     "skip only at 1": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) == 1"),
     "skip only above 0": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) > 0"),

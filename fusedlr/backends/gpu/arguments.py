@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedlr.backends.gpu.graphs import Graphs
 from fusedlr.backends.gpu.tables import Layout, Packed, pack_row
+from fusedlr.backends.order import CountedGradients
 from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, capturing, move
 
 
@@ -59,6 +60,7 @@ class StepArguments:
         self._counters = counters
         self._device = counters.k.device
         self._graphs = Graphs.of(counters)
+        self._counted = CountedGradients(rows, inputs)
         self._row_table = [x for row in rows for x in pack_row(row)]
         self._groups: Sequence[GroupStep] = ()
         self._scopes: Sequence[Scope] = ()
@@ -111,12 +113,12 @@ class StepArguments:
             arguments = self._put_options()
         return arguments
 
-    def new(self, signals: Signals, *, table: bool) -> NewArguments:
-        """What the step under way is given anew, with a `table` of gradients; a captured graph keeps it."""
+    def new(self, signals: Signals, *, table: bool, norm: bool = False) -> NewArguments:
+        """What a step or its `norm` is given anew, with a `table` of gradients; a captured graph keeps it."""
         graphs, scale, inf = self._graphs, signals.grad_scale, signals.found_inf
         new = NewArguments(
-            gradients=graphs.gradients.put_for_graph(self._addresses()) if table else None,
-            active=self._active,
+            gradients=graphs.gradients.put_for_graph(self._addresses(norm)) if table else None,
+            active=self._active if signals.stepped is None else self._active_by(signals.stepped),
             grad_scale=graphs.one if scale is None else self._fp32(scale),
             found_inf=graphs.zero if inf is None else self._flag(inf),
         )
@@ -217,9 +219,18 @@ class StepArguments:
         self._options_changed = False
         return arguments
 
-    def _addresses(self) -> bytes:
-        """The gradients' addresses as they lie in memory."""
-        return string_at(self._inputs.gradients_at, 8 * len(self._rows)) if self._rows else b""
+    def gradients_at(self, norm: bool) -> int:
+        """Where the gradients' addresses lie in memory: of a `norm`, of those that this process counts."""
+        return self._counted.at if norm else self._inputs.gradients_at
+
+    def _addresses(self, norm: bool) -> bytes:
+        """The same as they lie in memory."""
+        return string_at(self.gradients_at(norm), 8 * len(self._rows)) if self._rows else b""
+
+    def _active_by(self, stepped: Tensor) -> Tensor:
+        """Which scopes make the step by what all processes have; on the device, as it is known there."""
+        always = self._graphs.always.renew([int(scope.always) for scope in self._scopes])
+        return ((stepped != 0) | (always != 0)).to(torch.int32)
 
     def _fp32(self, x: Tensor | float) -> Tensor:
         """A number or a tensor of one element as fp32 on the device."""

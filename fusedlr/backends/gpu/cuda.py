@@ -123,7 +123,7 @@ class CudaStepper:
 
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        launcher, given = self._current(signals)
+        launcher, given = self._current(signals, norm=True)
         with self._arguments:
             launcher.norm(*given)
 
@@ -145,16 +145,16 @@ class CudaStepper:
         """Per group whether its scope has made the last step."""
         return self._arguments.active_groups
 
-    def _current(self, signals: Signals) -> tuple[Any, tuple[int, ...]]:
+    def _current(self, signals: Signals, *, norm: bool = False) -> tuple[Any, tuple[int, ...]]:
         """The launcher for the step under way, and what its calls are given."""
         arguments = self._arguments.current()
         if arguments is not self._launcher_for:
             self._launcher = launcher(arguments, self._functions, self._size, table=self._in_table)
             self._launcher_for = arguments
         # kept until the next step, because the launches are given addresses alone
-        self._new = new = self._arguments.new(signals, table=self._in_table)
+        self._new = new = self._arguments.new(signals, table=self._in_table, norm=norm)
         return self._launcher, (
-            self._inputs.gradients_at if new.gradients is None else new.gradients.data_ptr(),
+            self._arguments.gradients_at(norm) if new.gradients is None else new.gradients.data_ptr(),
             new.active.data_ptr(),
             new.grad_scale.data_ptr(),
             new.found_inf.data_ptr(),

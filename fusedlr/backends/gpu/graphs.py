@@ -22,9 +22,10 @@ class Graphs:
         number: the generation as the host knows it. generation: the same on the device, int32 of shape (1,):
         a launch made for another number does nothing but
             count that it was stale.
-        tensors, chunks: the rows, and how they are cut into chunks. active: int32 of shape (scopes,): which
-        of them make the step. gradients: addresses, for launches that do not carry them. ints, floats: the
-        options, see `tables.Packed`. rates: fp32 of shape (groups,): rates that are given as numbers.
+        tensors, chunks: the rows, and how they are cut into chunks. active, always: int32 of shape (scopes,):
+        which of them make the step, and which make every step. gradients: addresses, for launches that do not
+        carry them. ints, floats: the options, see `tables.Packed`. rates: fp32 of shape (groups,): rates that
+        are given as numbers.
         tickets: int32 of shape (2,): programs of the norm's and the update's launches that have come to their
         end. one, zero: the scaler's signals where there is no scaler.
     """
@@ -37,6 +38,7 @@ class Graphs:
         self.generation = torch.zeros(1, dtype=torch.int32, device=device)
         self.tensors, self.gradients = Table(device, torch.int64), Table(device, torch.int64)
         self.chunks, self.active = Table(device, torch.int32), Table(device, torch.int32)
+        self.always = Table(device, torch.int32)
         self.ints = Table(device, torch.int64)
         self.floats, self.rates = Table(device, torch.float32), Table(device, torch.float32)
         self.tickets = torch.zeros(2, dtype=torch.int32, device=device)

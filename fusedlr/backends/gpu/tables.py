@@ -182,6 +182,10 @@ def log(b: float) -> float:
     return math.log(b) if b > 0 else -128.0
 
 
+# tables that one captured step may fill: one of the norm, and one of the update
+_SPARE = 2
+
+
 class Table:
     """One table on a device that follows values on the host: uploaded when they change, without waiting.
 
@@ -196,7 +200,7 @@ class Table:
         # pinned memory, and when the device has last read it
         self._staged: list[tuple[Tensor, torch.Event]] = []
         # memory for the next capture: to pin some asks the driver about events, which ends a capture
-        self._spare: Tensor | None = None
+        self._spare: list[Tensor] = []
 
     def put(self, values: list[int] | list[float] | bytes) -> Tensor:
         """The table with these values, written over the old ones where they are as many.
@@ -233,14 +237,18 @@ class Table:
         from.
         """
         if not capturing(self._device):
-            if self._spare is None or self._spare.numel() * self._spare.element_size() != len(values):
-                length = len(values) // self._dtype.itemsize
+            length = len(values) // self._dtype.itemsize
+            if len(self._spare) < _SPARE or self._spare[0].numel() != length:
                 pin = self._device.type != "cpu"
-                self._spare = torch.empty(length, dtype=self._dtype, device="cpu", pin_memory=pin)
+                self._spare = [
+                    torch.empty(length, dtype=self._dtype, device="cpu", pin_memory=pin)
+                    for _ in range(_SPARE)
+                ]
             return self.put(values)
-        host, pinned, self._spare = self._on_host(values), self._spare, None
-        if pinned is None or pinned.numel() != host.numel():
+        host = self._on_host(values)
+        if not self._spare or self._spare[0].numel() != host.numel():
             raise RuntimeError(_STEP_BEFORE_CAPTURE)
+        pinned = self._spare.pop()
         pinned.copy_(host)
         tensor = torch.empty_like(pinned, device=self._device)
         tensor.copy_(pinned, non_blocking=True)

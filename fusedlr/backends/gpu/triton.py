@@ -91,7 +91,7 @@ class TritonStepper:
 
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        new = self._current(signals)
+        new = self._current(signals, norm=True)
         with self._arguments:
             self._launch_norms(new)
 
@@ -122,13 +122,13 @@ class TritonStepper:
         for update in self._updates:
             launch(update, (*new, *update.kept), self._device)
 
-    def _current(self, signals: Signals) -> NewArguments:
+    def _current(self, signals: Signals, *, norm: bool = False) -> NewArguments:
         """What the launches of the step under way are given, after they are made anew where need be."""
         arguments = self._arguments.current()
         if arguments is not self._launches_for:
             self._norms, self._updates = _launches(arguments)
             self._launches_for = arguments
-        return self._arguments.new(signals, table=True)
+        return self._arguments.new(signals, table=True, norm=norm)
 
 
 def _launches(a: Arguments) -> tuple[list[Launch], list[Launch]]:
