@@ -109,7 +109,8 @@ class Planner:
             self.plan = prepare(groups, state, options, *given)
         except Exception:
             if layout is not None:
-                tell_failure(layout, options.scopes, signals, self._counts.counters.squares)
+                squares = self._counts.counters.squares
+                tell_failure(layout, options.scopes, signals, squares, norm_alone=not may_only_allocate)
             raise
         self._options = options
         return self.plan

@@ -7,6 +7,7 @@ knows DTensors, their meshes and process groups. It is no engine: that is torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,8 +198,15 @@ def pack(squares: Tensor, signals: Signals, present: Tensor, *, failed: bool = F
 
 
 @torch.no_grad()
-def tell_failure(layout: Layout, scopes: Sequence[Scope], signals: Signals, squares: Tensor) -> None:
-    """Take part in the all-reduce of a step that this process cannot make: the others would wait for it."""
-    if travels(scopes, signals):
+def tell_failure(
+    layout: Layout, scopes: Sequence[Scope], signals: Signals, squares: Tensor, *, norm_alone: bool
+) -> None:
+    """Take part in the all-reduce of a step that this process cannot make: the others would wait for it.
+
+    Where the `norm_alone` was asked for, it is nan on the others.
+    """
+    if norm_alone:
+        layout.add(squares.new_full((len(scopes),), math.nan))
+    elif travels(scopes, signals):
         nothing = squares.new_zeros(len(scopes))
         layout.add(pack(nothing, signals, nothing, failed=True))

@@ -5,10 +5,13 @@ Its argument is the backend.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as distributed
+from ptx import driver
+from tolerances import GPU_STEP
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,6 +21,8 @@ import fusedlr
 from sharded.processes import main
 
 STEPS = 50
+# steps whose collectives are counted, some of which are skipped
+COUNTED = 7
 # uneven over 2, 3 and 4 processes; some have no element of the second
 SHAPES = ((7, 5), (1, 3), (6, 2), (5,), (4, 4))
 OPTIONS: dict[str, Any] = {
@@ -81,8 +86,10 @@ def gradients(k: int, dtype: torch.dtype, *, finite: bool) -> list[Tensor]:
     return grads
 
 
-def train(spread: Spread | None, dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Any]:
-    """Fifty steps with skips; `spread`: None for the whole model in this process."""
+def train(
+    spread: Spread | None, dtype: torch.dtype, backend: str, steps: int = STEPS, **options: Any
+) -> dict[str, Any]:
+    """Steps with skips; `spread`: None for the whole model in this process."""
     torch.manual_seed(0)
     values = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
     where: Spread = [None] * len(SHAPES) if spread is None else spread
@@ -91,7 +98,7 @@ def train(spread: Spread | None, dtype: torch.dtype, backend: str, **options: An
     optimizer = fusedlr.FusedAdamW(groups, backend=backend, **{**OPTIONS, **options})
     scaled = options.get("amp_scaling", False)
     norms, skipped, collectives = [], [], []
-    for k in range(STEPS):
+    for k in range(steps):
         for p, grad, at in zip(
             params, gradients(k, dtype, finite=optimizer.nonfinite == "propagate"), where, strict=True
         ):
@@ -103,10 +110,11 @@ def train(spread: Spread | None, dtype: torch.dtype, backend: str, **options: An
             )
             optimizer.found_inf = torch.tensor(float(alone))  # type: ignore[attr-defined]
             optimizer.grad_scale = torch.tensor(1.0)  # type: ignore[attr-defined]
-        counted = CommDebugMode()
-        with counted:
+        # counting takes longer than the step
+        with CommDebugMode() if k < COUNTED else nullcontext() as counted:
             optimizer.step()
-        collectives.append(counted.get_total_counts())
+        if counted is not None:
+            collectives.append(counted.get_total_counts())
         metrics = optimizer.last_metrics()
         norms.append(metrics["grad_norm"])
         skipped.append(metrics["skipped"])
@@ -145,8 +153,24 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def on_the_machine(processes: int, backend: str) -> None:
+    """The kernels of a GPU backend, executed on this processor: see tests/ptx."""
+    assert driver.installed().missing == {}
+    for what in ("clipping", "independent"):
+        whole = train(None, torch.float32, "reference", steps=8, **CASES[what])
+        for name, spread in spreads(processes).items():
+            mine = train(spread, torch.float32, backend, steps=8, **CASES[what])
+            # counters keep in fp32 what a step used
+            mine["lr"] = whole["lr"]
+            compare(mine, whole, GPU_STEP, f"{backend}, {what}, {name}")
+            assert set(mine["collectives"]) == {1}
+
+
 def work(rank: int, processes: int, arguments: list[str]) -> None:
     (backend,) = arguments
+    if backend in driver.BACKENDS:
+        on_the_machine(processes, backend)
+        return
     for what, options in CASES.items():
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
             if dtype == torch.float32 and what != "clipping":

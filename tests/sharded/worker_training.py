@@ -1,0 +1,172 @@
+"""For test_training.py: what a run with fully_shard makes and keeps, and what a failed process does."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import re
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+import fusedlr
+from sharded.processes import main
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(6, 6) for _ in range(4)]
+    return nn.Sequential(*layers)
+
+
+def backward(module: nn.Module, k: int) -> None:
+    torch.manual_seed(100 + k)
+    module(torch.randn(8, 6)).square().mean().backward()
+
+
+def optimizer_of(module: nn.Module, **options: Any) -> fusedlr.FusedAdamW:
+    return fusedlr.FusedAdamW(module.parameters(), lr=0.01, max_grad_norm=0.1, **options)
+
+
+def equals_one_process() -> None:
+    whole, sharded = model(), model()
+    for layer in (*sharded, sharded):  # type: ignore[has-type]
+        fully_shard(layer)
+    alone, ours = optimizer_of(whole), optimizer_of(sharded)
+    for k in range(5):
+        backward(whole, k), backward(sharded, k)
+        norm = ours.grad_norm()
+        torch.testing.assert_close(norm, alone.grad_norm())
+        alone.step(), ours.step()
+        alone.zero_grad(), ours.zero_grad()
+        torch.testing.assert_close(ours.metrics()["grad_norm"], norm)
+    for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-7)  # type: ignore[attr-defined]
+        assert isinstance(ours.state[p]["exp_avg"], DTensor)
+        assert not isinstance(ours.state[p]["step"], DTensor)
+
+
+def a_step_like_the_last_makes_nothing() -> None:
+    sharded = model()
+    fully_shard(sharded)
+    ours = optimizer_of(sharded)
+    backward(sharded, 0)
+    ours.step()
+    plan, made, new = ours._planner.plan, [], DTensor.__new__
+    for k in range(3):
+        ours.zero_grad()
+        backward(sharded, k)
+        DTensor.__new__ = lambda *given, **named: made.append(1) or new(*given, **named)  # type: ignore
+        ours.step()
+        DTensor.__new__ = new  # type: ignore[method-assign]
+    assert ours._planner.plan is plan and made == []
+    # with a compiled watch; without one every step is prepared
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(2000):
+        ours.step()
+    gc.collect()
+    assert len(gc.get_objects()) - before < 50
+    # a plain optimizer can be pickled: groups of processes are not among what it holds
+    assert pickle.loads(pickle.dumps(ours.state_dict()["param_groups"]))
+
+
+def a_failure_on_one_process_is_one_on_all(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+    q = nn.Parameter(torch.ones(2))
+    ours = fusedlr.FusedAdamW([("p", p), ("q", q)], lr=0.1, max_grad_norm=1.0)
+
+    def gradients() -> None:
+        p.grad = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+        q.grad = torch.ones(2)
+
+    gradients()
+    ours.step()
+    before = p.to_local().clone(), q.detach().clone()  # type: ignore[attr-defined]
+    gradients()
+    if rank == 1:
+        q.grad = torch.ones(2).to_sparse()
+    expected = "parameter 'q': .*layout" if rank == 1 else "another process of this optimizer could not make"
+    refused(ours.step, expected)
+    assert torch.equal(p.to_local(), before[0]) and torch.equal(q, before[1])  # type: ignore[attr-defined]
+    gradients()
+    ours.step()
+    assert ours.last_metrics()["step"] == [2]
+    # the norm is asked of all together, too
+    if rank == 1:
+        q.grad = torch.ones(2).to_sparse()
+        refused(ours.grad_norm, "parameter 'q'")
+    else:
+        assert torch.isnan(ours.grad_norm())
+    gradients()
+    torch.testing.assert_close(ours.grad_norm().item(), 8**0.5)
+
+
+def refused(call: Any, words: str) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        assert re.search(words, str(error)), str(error)
+    else:
+        raise AssertionError(f"no error of {words!r}")
+
+
+def gradients_that_are_spread_otherwise_are_refused() -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    ours = fusedlr.FusedAdamW([("p", p)], lr=0.1, max_grad_norm=1.0)
+    for grad, words in (
+        (
+            distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]),
+            r"gradient is .*Shard\(dim=1\).*Shard\(dim=0\)",
+        ),
+        (DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]), "gradient is .*Partial.*still to be made"),
+        (torch.ones(4, 4), "gradient is a plain tensor, but the parameter is .*Shard"),
+    ):
+        assign(p, grad)
+        refused(ours.step, f"parameter 'p': its {words}")
+    assert not ours.state
+
+
+def assign(p: Tensor, grad: Tensor) -> None:
+    """Give a parameter a gradient that torch's own property refuses."""
+    try:
+        p.grad = grad
+    except RuntimeError:
+        raise AssertionError("torch refuses it itself") from None
+
+
+def parts_kept_by_hand() -> None:
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(0)
+    parts = [torch.randn(3 + i, dtype=torch.float64) for i in range(count)]
+    whole = [nn.Parameter(part.clone()) for part in parts]
+    mine = nn.Parameter(parts[rank].clone())
+    alone = fusedlr.FusedAdamW(whole, lr=0.1, max_grad_norm=0.5)
+    ours = fusedlr.FusedAdamW([mine], lr=0.1, max_grad_norm=0.5, process_group=distributed.group.WORLD)
+    for k in range(4):
+        for i, p in enumerate(whole):
+            p.grad = torch.full_like(p, float("nan") if (k, i) == (2, 1) else 1.0 + i + k)
+        mine.grad = whole[rank].grad.clone()  # type: ignore[union-attr]
+        alone.step(), ours.step()
+    torch.testing.assert_close(mine, whole[rank], rtol=1e-12, atol=0)
+    assert ours.last_metrics()["skipped"] == alone.last_metrics()["skipped"] == 1
+    assert pickle.loads(pickle.dumps(ours)).state
+
+
+def work(rank: int, processes: int, arguments: list[str]) -> None:
+    equals_one_process()
+    a_step_like_the_last_makes_nothing()
+    a_failure_on_one_process_is_one_on_all(rank)
+    gradients_that_are_spread_otherwise_are_refused()
+    parts_kept_by_hand()
+
+
+if __name__ == "__main__":
+    main(work)
