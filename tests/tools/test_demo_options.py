@@ -8,7 +8,7 @@ import torch
 
 from fusedlr import demo
 from fusedlr.console import Parser
-from fusedlr.demo import files, main, options
+from fusedlr.demo import main, options
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_output_that_cannot_be_written_is_refused_at_once(resolve, tmp_path, mon
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", full)
+    monkeypatch.setattr("tempfile.mkdtemp", full)
     with pytest.raises(SystemExit) as exit:
         resolve()
     assert exit.value.code == 2
