@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedlr import arguments
 from fusedlr.groups import Notes, ParamGroup, check_rates, has_schedule
-from fusedlr.reference import Counters, Made, is_fake, scalar_dtype
+from fusedlr.reference import Counters, Made, capturing, is_fake, scalar_dtype
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.warn import warn
 
@@ -247,13 +247,13 @@ class Counts:
             self.k, _, in_row, _ = self.counters.counts.tolist()
             self._warn_skips(in_row)
             return
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             # events cannot be queried then
             return
         if self._in_flight is not None:
             if not self._in_flight.arrived.query():
                 return
-            self._take(self._in_flight.values, self._in_flight.advances)
+            self._take(self._in_flight.values.tolist(), self._in_flight.advances)
         packed = _pack(self.counters)
         values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         values.copy_(packed, non_blocking=True)
@@ -264,13 +264,15 @@ class Counts:
 
     def sync(self) -> None:
         """Read the counters now (waits for the device)."""
+        zeros = [0] * self.counters.k.numel()
         if is_fake(self.counters.counts):
-            self._know(self.k)
-            return
-        values = _pack(self.counters).cpu()
-        self._advances = [0] * values.shape[1]
-        self._in_flight = None
-        self._take(values, self._advances)
+            # there is nothing to read, so what the host has counted stands
+            k, nans = [*self.k, *zeros][: len(zeros)], [math.nan] * len(zeros)
+            rows: list[list[Any]] = [k, zeros, zeros, zeros, nans, nans, [1.0] * len(zeros)]
+        else:
+            rows = _pack(self.counters).tolist()
+        self._advances, self._in_flight = zeros, None
+        self._take(rows, self._advances)
 
     def read(self, groups: list[Any]) -> list[int]:
         """Updates made per group, from the device (waits for it); corrects rates shown too far ahead."""
@@ -343,23 +345,12 @@ class Counts:
             self.sync()
         return self._metrics
 
-    def _know(self, k: Sequence[int]) -> None:
-        """Show what the host has counted, where the device's counters have no values."""
-        n = len(self.counters.k)
-        self.k = [*k, *([0] * n)][:n]
-        self._advances, self._in_flight = [0] * n, None
-        self._metrics: dict[str, list[Any]] = {
-            "lr": [math.nan] * n,
-            "grad_norm": [math.nan] * n,
-            "coef": [1.0] * n,
-        }
-        self._metrics.update(skipped=[0] * n, step=list(self.k))
-
-    def _take(self, values: Tensor, advances: list[int]) -> None:
-        k, skipped, in_row, stale, lr, norm, coef = values.tolist()
+    def _take(self, rows: list[list[Any]], advances: list[int]) -> None:
+        """Take the rows of `_pack` as the host's view, and the steps counted since they were copied."""
+        k, skipped, in_row, stale, lr, norm, coef = rows
         # steps counted here after the copy was started are not in it
         self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
-        self._metrics = {
+        self._metrics: dict[str, list[Any]] = {
             "lr": lr,
             "grad_norm": norm,
             "coef": coef,
