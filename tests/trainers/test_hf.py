@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_runs import arguments, make, run
+from hf_runs import arguments, hf, make, run, transformers
 from trainer_kit import (
     CLIP,
     FOREACH,
@@ -25,10 +25,6 @@ from trainer_kit import (
 )
 
 import fusedlr
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-hf = pytest.importorskip("fusedlr.hf")
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},

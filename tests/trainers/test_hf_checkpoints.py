@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_runs import make, needs_hook, run, spoil
+from hf_runs import hf, make, needs_hook, run, spoil, transformers
 from tolerances import STOCK_DISTANCE_RATIO
 from trainer_kit import (
     FOREACH,
@@ -26,10 +26,6 @@ from trainer_kit import (
 )
 
 import fusedlr
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-hf = pytest.importorskip("fusedlr.hf")
 
 
 @pytest.mark.parametrize("ours", [hf.FusedLRTrainer, transformers.Trainer])

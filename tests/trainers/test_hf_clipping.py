@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_runs import make, needs_hook, run, spoil
+from hf_runs import hf, make, needs_hook, run, spoil
 from trainer_kit import (
     CLIP,
     FOREACH,
@@ -23,10 +23,6 @@ from trainer_kit import (
 )
 
 import fusedlr
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-hf = pytest.importorskip("fusedlr.hf")
 
 
 def count_clips(trainer: Any, monkeypatch: Any) -> list[float]:
