@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from kit import (
     through_a_file,
     two_groups,
 )
-from snapshots import params_of, unchanged
+from snapshots import params_of, snapshot
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -93,27 +94,52 @@ def test_cleared_state_starts_anew_and_the_schedule_goes_on(name):
     assert_steps_share_one_tensor(ours)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("exp_avg", torch.zeros(3), r"its exp_avg has shape \(3,\) but the parameter has \(4, 3\)"),
-        (
-            "exp_avg_sq",
-            torch.zeros(4, 3, device="meta"),
-            "its exp_avg_sq is on meta but the parameter is on cpu",
-        ),
-        ("step", torch.zeros(2), r"its step has shape \(2,\), expected one element"),
-        ("step", "three", "its step is 'three', expected a number"),
-        ("exp_avg", [1.0], r"its exp_avg is a list, expected a tensor"),
-    ],
-)
-def test_state_that_does_not_fit_its_parameter_is_refused_before_anything_changes(key, value, message):
-    p, q = make_params(shapes=((2,), (4, 3)))
-    optimizer = scheduled([("first", p), ("second", q)])
+def freed() -> torch.Tensor:
+    x = torch.ones(4, 3)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+ONES = torch.ones(4, 3)
+MOMENTS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: torch.zeros(3), "its {} has shape (3,) but the parameter has (4, 3)"),
+    (lambda: torch.zeros(4, 3, device="meta"), "its {} is on meta but the parameter is on cpu"),
+    (lambda: [1.0], "its {} is a list, expected a tensor"),
+    (lambda: torch.zeros(1).expand(4, 3), "its {} has elements that share memory, stride (0, 0)"),
+    (lambda: ONES.to_sparse(), "its {} is of layout torch.sparse_coo, expected a dense tensor"),
+    (lambda: ONES.to(torch.complex64), "its {} is torch.complex64, expected a floating point number"),
+    (lambda: ONES.to(torch.float8_e4m3fn), "its {} is torch.float8_e4m3fn, expected"),
+    (lambda: torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8), "its {} is torch.qint8, expected"),
+    (freed, "the memory of its {} has been freed"),
+]
+MISFITS: list[tuple[str, Callable[[], Any], str]] = [
+    *((key, value, message.format(key)) for key in ("exp_avg", "exp_avg_sq") for value, message in MOMENTS),
+    ("step", lambda: torch.zeros(2), "its step has shape (2,), expected one element"),
+    ("step", lambda: "three", "its step is 'three', expected a number"),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("key", "value", "message"), MISFITS, ids=[message for _, _, message in MISFITS])
+@pytest.mark.filterwarnings("ignore")
+def test_state_that_does_not_fit_its_parameter_is_refused_before_anything_changes(
+    key, value, message, backend
+):
+    p, q = make_params((torch.float32,), shapes=((2,), (4, 3)))
+    optimizer = scheduled([("first", p), ("second", q)], backend=backend)
     steps(optimizer, 0, 2)
-    optimizer.state[q][key] = value
-    with unchanged(optimizer), pytest.raises(RuntimeError, match=f"parameter 'second': {message}"):
+    set_grads(optimizer)
+    before, good = snapshot(optimizer), optimizer.state[q][key]
+    optimizer.state[q][key] = value()
+    with pytest.raises(RuntimeError, match=re.escape(f"parameter 'second': {message}")):
         optimizer.step()
+    # not all that is spoiled can be read
+    optimizer.state[q][key] = good
+    assert snapshot(optimizer) == before
+    # and with a good one it goes on
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [3]
+    assert [float(optimizer.state[x]["step"]) for x in (p, q)] == [3, 3]
 
 
 @pytest.mark.parametrize("schedule", [None, fusedlr.constant()], ids=str)

@@ -90,7 +90,7 @@ def test_hooks_run_in_torchs_order_each_once():
             optimizer.register_step_pre_hook(note("pre 2")),
         ]
         step(optimizer)
-        optimizer.step(lambda: None)
+        optimizer.step(lambda names=names: names.append(("closure", 0, [])))
         for handle in handles:
             handle.remove()
         optimizer.step()
@@ -99,17 +99,18 @@ def test_hooks_run_in_torchs_order_each_once():
     assert [entry[0] for entry in ours[:5]] == ["global pre", "pre", "pre 2", "post", "global post"]
     # pre-hooks see the weights before the step, post-hooks those after it
     assert ours[2][3] != ours[3][3] == ours[4][3]
-    assert len(ours) == 10
+    order = ["global pre", "pre", "pre 2", "closure", "post", "global post"]
+    assert [entry[0] for entry in ours[5:]] == order
 
 
 def test_a_hook_may_change_the_arguments():
     optimizer = make()
     calls: list[str] = []
     optimizer.register_step_pre_hook(
-        lambda self, args, kwargs: ((self, lambda: calls.append("mine")), kwargs)
+        lambda self, args, kwargs: ((self, lambda: calls.append("mine") or 7.0), kwargs)
     )
-    optimizer.step(lambda: calls.append("the caller's"))
-    optimizer.step()
+    assert optimizer.step(lambda: calls.append("the caller's")) == 7.0
+    assert optimizer.step() == 7.0
     assert calls == ["mine", "mine"]
 
 

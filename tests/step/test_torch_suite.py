@@ -1,7 +1,8 @@
 """torch's own tests of optimizers, TestOptimRenewed of its test_optim.py, with FusedAdamW for AdamW.
 
 torch ships the inputs (`torch.testing._internal.common_optimizers`), not the tests; each test here has the
-name of torch's. What differs is in `DIFFERS`, and docs/migrating.md says it.
+name of torch's. Those of step hooks are in test_closures_and_hooks.py. What differs is in `DIFFERS`, and
+docs/migrating.md says it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from hypothesis import settings
 from kit import ROOT, through_a_file
 from snapshots import bits, params_of
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 
 import fusedlr
 
@@ -324,30 +324,6 @@ def test_non_empty_state(adamw, build):
         trained(optimizer), trained(stock)
         for p, q in zip(params_of(optimizer), params_of(stock), strict=True):
             assert optimizer.state[p].keys() == stock.state[q].keys()
-
-
-def test_step_hooks(build):
-    optimizer, order = build(layer()), []
-    note = lambda name: lambda *args: order.append((name, args[0] is optimizer))  # noqa: E731
-    handles = [
-        torch_optimizer.register_optimizer_step_pre_hook(note("global pre")),
-        torch_optimizer.register_optimizer_step_post_hook(note("global post")),
-        optimizer.register_step_pre_hook(note("pre")),
-        optimizer.register_step_post_hook(note("post")),
-    ]
-    optimizer.step(lambda: order.append(("closure", True)))
-    names = ["global pre", "pre", "closure", "post", "global post"]
-    assert order == [(name, True) for name in names]
-    for handle in handles:
-        handle.remove()
-    optimizer.step()
-    assert len(order) == len(names)
-
-
-def test_step_pre_hook_may_change_the_arguments(build):
-    optimizer = build(layer())
-    optimizer.register_step_pre_hook(lambda self, args, kwargs: ((self, lambda: 7.0), {}))
-    assert optimizer.step(lambda: 3.0) == 7.0
 
 
 def test_state_dict_hooks(build):
