@@ -80,7 +80,7 @@ class FusedLRTrainerMixin(_Base):
     scheduler and norm stands: only transformers' own methods, which it may call, are replaced. An optimizer
     passed to the Trainer is used as it is; a `FusedAdamW` without a schedule gets the one of the arguments.
     If the optimizer is not `FusedAdamW` in the end, a warning at the beginning of the training says so.
-    Sharded training (FSDP, DeepSpeed) is clipped by the Trainer.
+    With FSDP 1 and DeepSpeed the Trainer clips; with FSDP 2 the step does, as on one device.
 
     Raises:
         ValueError: `optim` is not one of torch's AdamW.
@@ -385,9 +385,10 @@ def _asked_for(args: Any, num_training_steps: int) -> Schedule | None:
 
 
 def _can_clip(trainer: Any, fused: FusedAdamW) -> bool:
-    """Whether the optimizer sees whole gradients, and has one norm."""
+    """Whether the optimizer sees whole gradients, or parts that say so (FSDP2's), and has one norm."""
     kind = trainer.accelerator.distributed_type.value
-    return fused.groups == "joint" and (kind == "NO" or kind.startswith("MULTI_"))
+    seen = kind == "NO" or kind.startswith("MULTI_") or getattr(trainer.accelerator, "is_fsdp2", False)
+    return fused.groups == "joint" and seen
 
 
 def _report_first(trainer: Any) -> FusedLRCallback:

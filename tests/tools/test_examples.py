@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
+import subprocess
 import sys
 
 import pytest
+import torch
 from kit import ROOT
 from trainer_kit import assert_rates
 
@@ -53,9 +57,29 @@ def test_switching_midway(run):
     assert 0 < result["difference"] < 1e-7
 
 
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_another_number_of_processes(tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    alone = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    said = []
+    for processes, until in ((2, 12), (1, 24)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launcher, str(EXAMPLES / "fsdp2.py"), "--until", str(until)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, **alone}, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        said += re.findall(r"update (\d+): .* lr ([\d.]+)", done.stdout)
+    schedule = fusedlr.cosine(warmup_steps=3, total_steps=24)
+    assert [(int(k), float(lr)) for k, lr in said] == [
+        (k, pytest.approx(schedule.lr_at(k, 2e-3), abs=1e-6)) for k in range(24)
+    ]
+
+
 def test_every_example_is_tested_and_shows_the_stock_lines():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     # the last one has a file of tests to itself
-    assert names == {*UPDATES, "switch_midway", "tiny", "graph_training"}
+    assert names == {*UPDATES, "switch_midway", "tiny", "fsdp2", "graph_training"}
     for name in UPDATES:
         assert "# stock" in (EXAMPLES / f"{name}.py").read_text()

@@ -85,6 +85,10 @@ def test_sharded_gradients_are_clipped_by_the_trainer(tmp_path, monkeypatch):
     for kind in DistributedType:
         monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
         assert hf._can_clip(trainer, trainer.optimizer) == (kind == "NO" or kind.startswith("MULTI_")), kind
+    # FSDP 2 hands out parts that say so, whose norm the step computes
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(type(trainer.accelerator), "is_fsdp2", True)
+    assert hf._can_clip(trainer, trainer.optimizer)
 
 
 def test_where_the_hook_is_missing_one_warning_says_so(tmp_path, monkeypatch):
