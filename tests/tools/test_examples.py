@@ -65,7 +65,8 @@ def test_a_sharded_run_goes_on_in_another_number_of_processes(tmp_path):
     said = []
     for processes, until in ((2, 12), (1, 24)):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *launcher, str(EXAMPLES / "fsdp2.py"), "--until", str(until)]
+        script = [str(ROOT / "tests/sharded/run_and_end.py"), str(EXAMPLES / "fsdp2.py")]
+        command = [sys.executable, *launcher, *script, "--until", str(until)]
         done = subprocess.run(
             command, cwd=tmp_path, env={**os.environ, **alone}, capture_output=True, text=True, timeout=200
         )
