@@ -89,7 +89,8 @@ class Nvrtc:
             failed = nvrtc.nvrtcCompileProgram(program, len(words), _strings(words))
             log = self._text(program, "ProgramLog").decode(errors="replace")
             if failed:
-                raise CompileError(f"NVRTC {self}: {self._reason(failed)} for {arch}\n{log}".rstrip())
+                why = f"{self._reason(failed)}\n{log}".rstrip()
+                raise CompileError(f"NVRTC {self} could not compile for {arch}: {why}")
             image = self._text(program, "CUBIN" if arch.startswith("sm_") else "PTX")
             lowered = {kernel: self._lowered(program, kernel) for kernel in kernels}
             text = self._text(program, "PTX").decode() if ptx else ""
