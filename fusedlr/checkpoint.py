@@ -20,9 +20,11 @@ from torch import Tensor
 from fusedlr import arguments
 from fusedlr.columns import STATE
 from fusedlr.groups import OWN_KEYS, has_schedule, parameter_name
-from fusedlr.reference import is_fake
+from fusedlr.reference import is_fake, is_sharded
 from fusedlr.schedule import Schedule
+from fusedlr.sharded import whole_to_part
 from fusedlr.step import State, dtype_of_state
+from fusedlr.tensors import spread_misfit
 from fusedlr.warn import warn
 
 Groups = list[dict[str, Any]]
@@ -435,6 +437,10 @@ def _misfit(p: Tensor, entry: Any) -> str | None:
             return f"its loaded {key} is of layout {value.layout}, expected a dense tensor"
         if value.shape != p.shape:
             return f"its loaded {key} has shape {tuple(value.shape)}, the parameter has {tuple(p.shape)}"
+        # of a whole tensor every process takes its part
+        reason = spread_misfit(f"loaded {key}", value, p) if is_sharded(value) else None
+        if reason:
+            return reason
     return _step_misfit(entry["step"])
 
 
@@ -465,7 +471,7 @@ def _loaded_value(p: Tensor, key: str, value: Any, old: Any, dtype_of_moments: t
         given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
         new, dtype = given.reshape(()), torch.float32
     elif key in STATE:
-        new, dtype = value, torch.promote_types(value.dtype, dtype_of_moments)
+        new, dtype = whole_to_part(value, p), torch.promote_types(value.dtype, dtype_of_moments)
     else:
         return value
     fits = (

@@ -121,6 +121,18 @@ def _all_reduce(packed: Tensor, group: Any) -> Tensor:
     return here if here is packed else packed.copy_(here)
 
 
+def whole_to_part(x: Tensor, p: Tensor) -> Tensor:
+    """A whole tensor spread as a parameter is, without a word between processes; others as they are."""
+    if is_sharded(x) or not is_sharded(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = p
+    # to the mesh's kind of device, which torch would otherwise complain of
+    x = x.to(spread.device_mesh.device_type)
+    return distribute_tensor(x, spread.device_mesh, spread.placements, src_data_rank=None)
+
+
 class ReducingStepper:
     """A backend's stepper with one all-reduce between its norm and its update.
 

@@ -34,7 +34,7 @@ def gradient_misfit(p: Tensor, normed: bool) -> str | None:
     for x, what in ((p, "a parameter"), (grad, "a gradient")):
         if x.is_complex():
             return f"{what} that is complex is not supported"
-    reason = _spread_misfit("gradient", grad, p)
+    reason = spread_misfit("gradient", grad, p)
     if reason:
         return reason
     if grad.layout != torch.strided:
@@ -76,7 +76,7 @@ def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
             return f"its {key} is of layout {value.layout}, expected a dense tensor"
         if value.dtype not in _MOMENTS:
             return f"its {key} is {value.dtype}, expected a floating point number of 16 bits or more"
-        reason = _spread_misfit(key, value, p)
+        reason = spread_misfit(key, value, p)
         if reason:
             return reason
         if _share_memory(local(value)):
@@ -91,7 +91,7 @@ def state_misfit(p: Tensor, entry: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _spread_misfit(what: str, x: Tensor, p: Tensor) -> str | None:
+def spread_misfit(what: str, x: Tensor, p: Tensor) -> str | None:
     """Why a tensor is not spread over processes as its parameter is."""
     for tensor, name in ((p, "the parameter"), (x, f"its {what}")):
         if any(place.is_partial() for place in getattr(tensor, "placements", ())):

@@ -127,19 +127,16 @@ class Launcher {
         }
         const py::gil_scoped_release release;
         use_device(device_);
-        for (size_t i = 0; norm && normed_ && i < buckets_.size(); ++i)
-            queue(launch, buckets_[i], buckets_[i].norm, stream);
-        for (size_t i = 0; update && i < buckets_.size(); ++i)
-            queue(launch, buckets_[i], buckets_[i].update, stream);
-    }
-
-    template <int N>
-    static void queue(Launch<N>& launch, const Bucket& bucket, Function kernel, uintptr_t stream) {
-        launch.step.first = bucket.first;
-        void* parameters[] = {&launch};
-        check(driver().cuLaunchKernel(kernel, bucket.blocks, 1, 1, kThreads, 1, 1, 0, pointer<void>(stream),
-                                      parameters, nullptr),
-              "launch the step");
+        for (const bool squares : {true, false}) {
+            if (squares ? !norm || !normed_ : !update) continue;
+            for (const Bucket& bucket : buckets_) {
+                launch.step.first = bucket.first;
+                void* parameters[] = {&launch};
+                check(driver().cuLaunchKernel(squares ? bucket.norm : bucket.update, bucket.blocks, 1, 1,
+                                              kThreads, 1, 1, 0, pointer<void>(stream), parameters, nullptr),
+                      "launch the step");
+            }
+        }
     }
 
     Step step_ = {};

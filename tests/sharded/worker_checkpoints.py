@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import fusedlr
 from sharded.processes import main
@@ -101,6 +102,36 @@ def formats_of_torch() -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-13, atol=1e-16)
 
 
+def a_whole_file() -> None:
+    """The file of one process that holds the whole model; then one whose parts are spread otherwise."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    alone = fusedlr.FusedAdamW(whole.parameters(), lr=0.05, weight_decay=0.1)
+    train(whole, alone, 0, 4)
+    other, ours = build("ours, without a schedule")
+    for p, q in zip(other.parameters(), whole.parameters(), strict=True):
+        p.data.copy_(distribute_tensor(q.detach(), p.device_mesh, p.placements))  # type: ignore[attr-defined]
+    ours.load_state_dict(alone.state_dict())
+    train(other, ours, 5, 8), train(whole, alone, 5, 8)
+    for mine, expected in zip(values(other), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected.detach(), rtol=1e-12, atol=1e-15)
+    saved = copy.deepcopy(ours.state_dict())
+    entry = saved["state"][0]
+    entry["exp_avg"] = entry["exp_avg"].redistribute(placements=[Replicate()])
+    before = [gather.clone() for gather in moments(ours)]
+    try:
+        ours.load_state_dict(saved)
+    except ValueError as error:
+        assert "its loaded exp_avg is (Replicate(),)" in str(error), str(error)
+    else:
+        raise AssertionError("a moment that is spread otherwise was loaded")
+    assert all(map(torch.equal, moments(ours), before))
+
+
+def moments(optimizer: Any) -> list[torch.Tensor]:
+    return [entry["exp_avg"].full_tensor() for entry in optimizer.state.values()]
+
+
 def stock_and_back() -> None:
     """A sharded run that changes over to stock AdamW and back is a run of either."""
     model, optimizer = build("stock")
@@ -128,6 +159,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     if distributed.get_rank() == 0:
         torch.save(whole, Path(folder) / "whole")
     formats_of_torch()
+    a_whole_file()
     stock_and_back()
 
 
