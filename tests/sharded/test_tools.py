@@ -7,7 +7,7 @@ import pytest
 from sharded.processes import run
 
 
-def test_accelerate_with_fully_shard() -> None:
+def test_accelerate_and_the_trainer_with_fully_shard() -> None:
     for name in ("accelerate", "peft", "transformers"):
         pytest.importorskip(name)
     run("worker_tools", 2)
