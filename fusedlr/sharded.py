@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedlr.reference import Counters, GroupStep, Inputs, Made, Row, Scope, Signals, Stepper, is_sharded
+from fusedlr.reference import (
+    Counters,
+    GroupStep,
+    Inputs,
+    Made,
+    Row,
+    Scope,
+    Signals,
+    Stepper,
+    capturing,
+    is_sharded,
+)
 
 _ANOTHER = (
     "another process of this optimizer could not make its step and has raised an error: this one has changed "
@@ -152,7 +163,10 @@ class ReducingStepper:
 
     def assign(self, groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> None:
         """Take new options."""
-        self._groups, self._scopes, self._presence = groups, scopes, None
+        before = [group.scope for group in self._groups], len(self._scopes)
+        if before != ([group.scope for group in groups], len(scopes)):
+            self._presence = None
+        self._groups, self._scopes = groups, scopes
         self._stepper.assign(groups, scopes)
 
     def norm(self, signals: Signals) -> None:
@@ -185,13 +199,17 @@ class ReducingStepper:
     def _present_here(self, like: Tensor) -> Tensor:
         """Per scope whether this process has a gradient of it."""
         presence = self._inputs.presence
-        if presence != self._presence:
-            pairs = zip(self._rows, self._inputs.gradients, strict=True)
-            found = {self._groups[row.group].scope for row, at in pairs if at}
-            flags = [float(i in found) for i in range(len(self._scopes))]
-            self._present = torch.tensor(flags, dtype=like.dtype).to(like.device, non_blocking=True)
-            self._presence = presence
-        return self._present
+        if presence == self._presence:
+            return self._present
+        pairs = zip(self._rows, self._inputs.gradients, strict=True)
+        present = like.new_zeros(len(self._scopes))
+        for scope in {self._groups[row.group].scope for row, at in pairs if at}:
+            # not by a copy from the host, which a CUDA graph would make of memory that is gone at its replay
+            present[scope : scope + 1].fill_(1)
+        if not capturing(like.device):
+            # what is captured has its values after a replay
+            self._present, self._presence = present, presence
+        return present
 
 
 def travels(scopes: Sequence[Scope], signals: Signals) -> bool:

@@ -99,7 +99,9 @@ def spread_misfit(what: str, x: Tensor, p: Tensor) -> str | None:
     spread = [(t.device_mesh, t.placements) if is_sharded(t) else None for t in (p, x)]  # type: ignore[attr-defined]
     if spread[0] == spread[1]:
         return None
-    return f"its {what} is {_placements(x)}, but the parameter is {_placements(p)}"
+    can = is_sharded(x) and is_sharded(p) and x.device_mesh == p.device_mesh  # type: ignore[attr-defined]
+    advice = ": redistribute it first" if can else ""
+    return f"its {what} is {_placements(x)}, but the parameter is {_placements(p)}{advice}"
 
 
 def _placements(x: Tensor) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
 from sharded.processes import main
@@ -76,6 +77,32 @@ def a_step_like_the_last_makes_nothing() -> None:
     assert pickle.loads(pickle.dumps(ours.state_dict()["param_groups"]))
 
 
+class Operations(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def options_that_are_taken_anew_bring_nothing_from_the_host() -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+    ours = fusedlr.FusedAdamW([p], lr=0.1, max_grad_norm=1.0)
+    ours.step()
+    ours.param_groups[0]["weight_decay"] = 0.5
+    with Operations() as called:
+        ours.step()
+    assert "c10d.allreduce_.default" in called.names
+    # which `torch.tensor` calls
+    assert "aten.lift_fresh.default" not in called.names, called.names
+
+
 def a_failure_on_one_process_is_one_on_all(rank: int) -> None:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
@@ -124,7 +151,7 @@ def gradients_that_are_spread_otherwise_are_refused() -> None:
     for grad, words in (
         (
             distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]),
-            r"gradient is .*Shard\(dim=1\).*Shard\(dim=0\)",
+            r"gradient is .*Shard\(dim=1\).*Shard\(dim=0\).*: redistribute it first",
         ),
         (DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]), "gradient is .*Partial.*still to be made"),
         (torch.ones(4, 4), "gradient is a plain tensor, but the parameter is .*Shard"),
@@ -163,6 +190,7 @@ def parts_kept_by_hand() -> None:
 def work(rank: int, processes: int, arguments: list[str]) -> None:
     equals_one_process()
     a_step_like_the_last_makes_nothing()
+    options_that_are_taken_anew_bring_nothing_from_the_host()
     a_failure_on_one_process_is_one_on_all(rank)
     gradients_that_are_spread_otherwise_are_refused()
     parts_kept_by_hand()
