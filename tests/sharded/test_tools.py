@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sharded.processes import run
 
 
-def test_accelerate_and_the_trainer_with_fully_shard() -> None:
+@pytest.mark.parametrize("tool", ("accelerate", "trainer", "zero"))
+def test_a_tool_trains_as_with_stock(tool: str, tmp_path: Path) -> None:
     for name in ("accelerate", "peft", "transformers"):
         pytest.importorskip(name)
-    run("worker_tools", 2)
+    run("worker_tools", 2, tool, str(tmp_path))

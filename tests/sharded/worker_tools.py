@@ -1,15 +1,16 @@
-"""For test_tools.py: FSDP 2 by accelerate and by the Trainer on a LoRA model, with our optimizer and stock's.
+"""For test_tools.py: tools that shard a LoRA model, with our optimizer and with stock's.
 
-accelerate shards on accelerators alone, so it is told that the processes are such; what it then does with the
-model and the optimizer is its own.
+Arguments: the tool, and a folder. accelerate shards on accelerators alone, so it is told that the processes
+are such; what it then does with the model and the optimizer is its own.
 """
 
 from __future__ import annotations
 
-import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import fusedlr
@@ -18,18 +19,23 @@ from sharded.processes import main
 STEPS, LIMIT, PEAK = 6, 0.2, 1e-2
 
 
-def sharding(made: Any) -> Any:
-    """An Accelerator, told that it shards."""
-    from accelerate import FullyShardedDataParallelPlugin
+def accelerator(**given: Any) -> Any:
+    """An Accelerator that shards with FSDP 2, as on GPUs; `given` may be the Trainer's arguments of one."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    plugin = FullyShardedDataParallelPlugin(
+    AcceleratorState._reset_state(True)
+    plugin = given.pop("fsdp_plugin", None) or FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         cpu_ram_efficient_loading=False,
     )
-    made.state.__dict__.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    made = Accelerator(cpu=True, **given)
+    # both, as accelerate does: it copies the first one's to the other again and again
+    PartialState().distributed_type = made.state.distributed_type = DistributedType.FSDP
+    made.state.fsdp_plugin = plugin
     return made
 
 
@@ -44,13 +50,10 @@ def lora_model() -> torch.nn.Module:
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
-def train(kind: str, processes: int) -> dict[str, Any]:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+def in_a_loop(kind: str, processes: int, folder: Path) -> dict[str, Any]:
     from transformers import get_linear_schedule_with_warmup
 
-    AcceleratorState._reset_state(True)
-    parallel, model = sharding(Accelerator(cpu=True)), lora_model()
+    parallel, model = accelerator(), lora_model()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any
     scheduler: Any
@@ -82,56 +85,125 @@ def train(kind: str, processes: int) -> dict[str, Any]:
     # accelerate has put parts in the place of the optimizer's parameters
     assert all(isinstance(p, DTensor) for p in trained)
     assert {id(p) for p in trained} == {id(p) for p in optimizer.param_groups[0]["params"]}
-    run["weights"] = torch.cat([p.full_tensor().detach().flatten() for p in trained])  # type: ignore[attr-defined]
+    run["weights"] = whole(model)
     return run
 
 
-def train_by_trainer(kind: str) -> list[tuple[float, float, float]]:
-    """Loss, norm and rate of every update, as the Trainer logs them."""
-    from accelerate.state import AcceleratorState
-    from transformers import Trainer, TrainingArguments
+def in_the_trainer(
+    kind: str, processes: int, folder: Path, form: str = "SHARDED_STATE_DICT", resume: Path | None = None
+) -> dict[str, Any]:
+    import transformers
 
-    from fusedlr.hf import FusedLRTrainer
+    import fusedlr.hf
 
-    AcceleratorState._reset_state(True)
-    seeds = [torch.Generator().manual_seed(i) for i in range(32)]
-    rows = [{"input_ids": torch.randint(0, 32, (8,), generator=g), "labels": torch.arange(8)} for g in seeds]
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            max_steps=4,
-            per_device_train_batch_size=2,
-            learning_rate=PEAK,
-            max_grad_norm=LIMIT,
-            warmup_steps=2,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-        )
-        trainer = (FusedLRTrainer if kind == "ours" else Trainer)(lora_model(), args, train_dataset=rows)
-        sharding(trainer.accelerator)
-        trainer.is_fsdp_enabled = True
-        trainer.train()
-    optimizer = trainer.optimizer.optimizer
-    assert isinstance(optimizer, fusedlr.FusedAdamW) == (kind == "ours")
-    assert all(isinstance(p, DTensor) for p in optimizer.param_groups[0]["params"])
+    transformers.trainer.Accelerator = accelerator
+    args = transformers.TrainingArguments(
+        str(folder / kind / form),
+        max_steps=STEPS,
+        warmup_steps=2,
+        learning_rate=PEAK,
+        max_grad_norm=LIMIT,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_steps=STEPS // 2,
+        use_cpu=True,
+        fsdp=True,
+        fsdp_config={
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": form,
+        },
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    torch.manual_seed(1)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 32, (2 * STEPS * processes, 8))]
+    cls = fusedlr.hf.FusedLRTrainer if kind == "ours" else transformers.Trainer
+    trainer = cls(lora_model(), args, train_dataset=rows)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert trainer.accelerator.is_fsdp2
+    optimizer = fusedlr.hf.unwrap(trainer.optimizer)
+    assert (optimizer is not None) == (kind == "ours")
+    # the step clips
+    assert optimizer is None or optimizer.max_grad_norm == LIMIT
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [(entry["loss"], entry["grad_norm"], entry["learning_rate"]) for entry in logs]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "norms": [entry["grad_norm"] for entry in logs],
+        "rates": [entry["learning_rate"] for entry in logs],
+        "weights": whole(trainer.model),
+    }
 
 
-def work(rank: int, processes: int, arguments: list[str]) -> None:
-    ours, stock = train("ours", processes), train("stock", processes)
+def in_parts_of_the_state(kind: str, processes: int, folder: Path) -> dict[str, Any]:
+    """ZeroRedundancyOptimizer on a model of DistributedDataParallel: every process updates its parameters."""
+    from transformers import get_linear_schedule_with_warmup
+
+    ddp = torch.nn.parallel.DistributedDataParallel(lora_model())
+    params = [p for p in ddp.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"lr": PEAK}
+    if kind == "ours":
+        options["schedule"] = fusedlr.linear(warmup_steps=2, total_steps=10)
+    cls = fusedlr.FusedAdamW if kind == "ours" else torch.optim.AdamW
+    optimizer = ZeroRedundancyOptimizer(params, cls, **options)
+    scheduler = None if kind == "ours" else get_linear_schedule_with_warmup(optimizer, 2, 10)
+    run: dict[str, Any] = {"losses": [], "norms": [], "rates": []}
+    for k in range(STEPS):
+        torch.manual_seed(10 * k + torch.distributed.get_rank())
+        ids = torch.randint(0, 32, (2, 8))
+        loss = ddp(input_ids=ids, labels=ids).loss
+        loss.backward()
+        # a process's own part has no norm of the model
+        run["norms"].append(float(torch.nn.utils.clip_grad_norm_(params, LIMIT)))
+        if scheduler is not None:
+            run["rates"].append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        else:
+            run["rates"].append(optimizer.optim.last_metrics()["lr"][0])
+        optimizer.zero_grad()
+        run["losses"].append(loss.item())
+    run["weights"] = whole(ddp)
+    return run
+
+
+def whole(model: torch.nn.Module) -> torch.Tensor:
+    """The trained weights of all processes in one vector."""
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).flatten() for p in trained])
+
+
+def compare(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     assert min(stock["norms"]) < LIMIT < max(stock["norms"]), stock["norms"]
     for name, tolerance in (("losses", 1e-5), ("norms", 1e-5), ("rates", 1e-12)):
         mine, theirs = (torch.tensor(run[name], dtype=torch.float64) for run in (ours, stock))
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0)
     torch.testing.assert_close(ours["weights"], stock["weights"], rtol=1e-4, atol=1e-6)
-    logged, expected = (torch.tensor(train_by_trainer(kind)) for kind in ("ours", "stock"))
-    assert expected[:, 1].min() < LIMIT < expected[:, 1].max(), expected
-    torch.testing.assert_close(logged, expected, rtol=1e-5, atol=0)
+
+
+TOOLS = {"accelerate": in_a_loop, "trainer": in_the_trainer, "zero": in_parts_of_the_state}
+
+
+def work(rank: int, processes: int, arguments: list[str]) -> None:
+    tool, folder = arguments[0], Path(arguments[1])
+    ours, stock = (TOOLS[tool](kind, processes, folder) for kind in ("ours", "stock"))
+    compare(ours, stock)
+    if tool == "trainer":
+        for form in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+            goes_on_from_its_checkpoint(processes, folder, form, ours)
+
+
+def goes_on_from_its_checkpoint(processes: int, folder: Path, form: str, run: dict[str, Any]) -> None:
+    saved = folder / "ours" / form / f"checkpoint-{STEPS // 2}"
+    if not saved.exists():
+        in_the_trainer("ours", processes, folder, form)
+    resumed = in_the_trainer("ours", processes, folder, form, saved)
+    for name in ("losses", "norms", "rates"):
+        # the first half comes from the file
+        assert resumed[name] == run[name], (form, name, resumed[name], run[name])
+    assert torch.equal(resumed["weights"], run["weights"])
 
 
 if __name__ == "__main__":
