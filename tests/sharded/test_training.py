@@ -7,7 +7,3 @@ from sharded.processes import run
 
 def test_training_with_fully_shard() -> None:
     run("worker_training", 2)
-
-
-def test_fully_shard_over_tensor_parallel() -> None:
-    run("worker_parallel", 4)
