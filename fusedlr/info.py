@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import time
 from importlib import metadata
 
@@ -54,19 +53,21 @@ def clear() -> None:
 def compile_for(arch: str, parser: argparse.ArgumentParser) -> None:
     """Compile the kernels for an architecture, by the NVRTC that would be used and knows it."""
     from fusedlr.backends.gpu import kernels, nvrtc
+    from fusedlr.backends.gpu.cache import Cache
 
     if not nvrtc.found():
         parser.error("argument --compile: there is no NVRTC here: pip install nvidia-cuda-nvrtc")
-    number = re.fullmatch(r"sm_(\d+)", arch)
-    known = {each: each.archs for each in nvrtc.found()}
-    using = next((each for each, archs in known.items() if number and int(number[1]) in archs), None)
-    if using is None or int(number[1]) < kernels.MIN_ARCH:  # type: ignore[index]
-        archs = sorted({arch for each in known.values() for arch in each if arch >= kernels.MIN_ARCH})
-        parser.error(f"argument --arch: {arch} is none of {', '.join(f'sm_{arch}' for arch in archs)}")
-    begun = time.perf_counter()
+    # the NVRTC that would be used comes first, and stays where several know an architecture
+    known = {
+        f"sm_{at}": each for each in reversed(nvrtc.found()) for at in each.archs if at >= kernels.MIN_ARCH
+    }
+    if arch not in known:
+        names = sorted(known, key=lambda name: int(name.removeprefix("sm_")))
+        parser.error(f"argument --arch: {arch} is none of {', '.join(names)}")
+    using, begun = known[arch], time.perf_counter()
     for size in kernels.SIZES:
         kernels.images(using, arch, size)
-    where = kernels.Cache.of_user().where()
+    where = Cache.of_user().where()
     print(f"kernels for {arch}, by NVRTC {using}: ready after {time.perf_counter() - begun:.1f} s; {where}")
 
 
@@ -79,10 +80,10 @@ def _archs_here(parser: argparse.ArgumentParser) -> list[str]:
 
     if compiled.cuda is None or not torch.cuda.is_available():
         parser.error("argument --compile: torch sees no NVIDIA GPU here: name one with --arch, sm_90 say")
-    found = [cuda.target_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
-    archs = {each[1] for each in found if not isinstance(each, str)}
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    archs = {cuda.target_of(device)[1] for device in devices if cuda.why_not([device]) is None}
     if not archs:
-        parser.error(f"argument --compile: {found[0]}")
+        parser.error(f"argument --compile: {cuda.why_not(devices[:1])}")
     return sorted(archs)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedlr import backends
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Notes, Options, has_schedule, warn_assigned
-from fusedlr.reference import Made, Signals, is_fake, local
+from fusedlr.reference import Made, Signals, capturing, is_fake, local
 from fusedlr.sharded import Layout, tell_failure
 from fusedlr.step import (
     Plan,
@@ -136,7 +136,7 @@ class Planner:
     def is_capturing(self) -> bool:
         """Whether the step becomes part of a CUDA graph."""
         k = self._counts.counters.k
-        return k.is_cuda and not is_fake(k) and torch.cuda.is_current_stream_capturing()
+        return not is_fake(k) and capturing(k.device)
 
     def measure(self, groups: list[Any], state: State, scale: Tensor | float | None) -> Tensor:
         """Per scope the norm of the gradients, divided by `scale`; the next step may take it over."""

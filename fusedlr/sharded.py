@@ -133,7 +133,10 @@ def _all_reduce(packed: Tensor, group: Any) -> Tensor:
 
 
 def whole_to_part(x: Tensor, p: Tensor) -> Tensor:
-    """A whole tensor spread as a parameter is, without a word between processes; others as they are."""
+    """The part of a whole tensor that this process needs for a parameter; a DTensor is returned as it is.
+
+    Nothing is sent: every process has the whole tensor, as from a file.
+    """
     if is_sharded(x) or not is_sharded(p):
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharded.processes import free_port
 from trainer_kit import (
     FUSED,
     LR,
@@ -32,12 +32,6 @@ pytest.importorskip("peft")
 
 HERE = Path(__file__).resolve().parent
 STEPS, WARMUP = 8, 2
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_a_loop_with_accumulation():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharded.processes import free_port
 
 import fusedlr
 from fusedlr import cli
@@ -101,20 +101,14 @@ def start(*command: str, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def launcher(name: str) -> list[str]:
     """The command that starts two processes on the CPU, up to what they run."""
     if name == "torchrun":
-        return ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+        return ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     pytest.importorskip("accelerate")
     # accelerate starts several processes on a CPU through MPI alone, unless it takes them for GPUs
     machine = ["--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "no"]
-    port = ["--dynamo_backend", "no", "--main_process_port", free_port()]
+    port = ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     return ["accelerate.commands.launch", *machine, *port]
 
 

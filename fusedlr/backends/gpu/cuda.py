@@ -23,7 +23,7 @@ from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, 
 
 # where tensors have to be; tests put a machine in the place of the driver, which works on the CPU's memory
 device_type = "cuda"
-# what launches under the names of `torch.dtype` in kernels.py
+# dtype of parameters or moments -> its name in kernels.py
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 

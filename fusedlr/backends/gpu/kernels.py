@@ -18,7 +18,7 @@ from fusedlr.backends.gpu.cache import Cache, key_of
 from fusedlr.backends.gpu.nvrtc import Compiled, Nvrtc, found
 from fusedlr.columns import header
 
-# type of the parameters, as file names have it -> the same in C++
+# type of parameters or moments -> the same in C++
 TYPES = {"f32": "float", "bf16": "fusedlr::BF16", "f16": "fusedlr::F16"}
 # how many gradients a launch carries -> the number in csrc/cuda/step.h
 SIZES = {"few": "fusedlr::kFew", "many": "fusedlr::kMany"}
