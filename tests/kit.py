@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 import fusedlr
 from fusedlr import backends
+from fusedlr import step as step_module
 from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
@@ -212,6 +213,12 @@ def uploaded_tables(optimizer: fusedlr.FusedAdamW) -> int:
 def rates_given(optimizer: fusedlr.FusedAdamW) -> bool:
     """Whether a rate from outside waits for the next step."""
     return bool(optimizer._notes.lr_assigned)
+
+
+def is_allocated(optimizer: fusedlr.FusedAdamW) -> bool:
+    """Whether the next step would make no tensor that stays."""
+    kept = optimizer._planner._updates, optimizer._settings["state_dtype"]
+    return step_module.is_allocated(optimizer.param_groups, optimizer.state, *kept)
 
 
 def prepare_anew(optimizer: fusedlr.FusedAdamW) -> None:

@@ -6,7 +6,18 @@ import math
 
 import pytest
 import torch
-from kit import PEAK, assert_same, make, make_params, make_stock, scheduled, set_grads, steps, uploaded_tables
+from kit import (
+    PEAK,
+    assert_same,
+    is_allocated,
+    make,
+    make_params,
+    make_stock,
+    scheduled,
+    set_grads,
+    steps,
+    uploaded_tables,
+)
 from snapshots import bits, params_of, unchanged
 from torch import nn
 
@@ -42,6 +53,45 @@ def test_a_frozen_parameter_with_a_gradient_is_updated(steps_before):
     assert_same(ours, stock)
     norm = torch.stack([p.grad.norm() for p in params_of(ours)]).norm()
     torch.testing.assert_close(ours.metrics()["grad_norm"], norm)
+
+
+def test_a_frozen_parameter_may_lie_anywhere():
+    frozen = nn.Parameter(torch.ones(2, device="meta"), requires_grad=False)
+    optimizer = make([nn.Parameter(torch.ones(2)), frozen])
+    assert optimizer.backend == make().backend
+    frozen.grad = torch.ones(2, device="meta")
+    with pytest.raises(RuntimeError, match="meta device"):
+        optimizer.step()
+
+
+def test_whether_a_step_would_make_tensors():
+    """A CUDA graph must not be captured then."""
+    a, b, *_ = make_params()
+    b.requires_grad_(False)
+    optimizer = make([a, b])
+    groups, state = optimizer.param_groups, optimizer.state
+    assert not is_allocated(optimizer)
+    set_grads(optimizer, 0)
+    optimizer.step()
+    assert is_allocated(optimizer)
+    # gets its first gradient
+    b.grad = torch.ones_like(b)
+    assert not is_allocated(optimizer)
+    optimizer.step()
+    assert is_allocated(optimizer)
+    b.grad = None
+    assert is_allocated(optimizer)
+    for change in (
+        lambda: groups[0].update(amsgrad=True),
+        lambda: state[a].update(step=torch.tensor(3.0)),
+        lambda: state[a].update(exp_avg=state[a]["exp_avg"].float()),
+        lambda: groups[0]["params"].append(nn.Parameter(torch.ones(2))),
+    ):
+        change()
+        assert not is_allocated(optimizer)
+        set_grads(optimizer, 1)
+        optimizer.step()
+        assert is_allocated(optimizer)
 
 
 def test_nothing_to_train_at_all_is_a_step():

@@ -91,6 +91,7 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
     "parameter frozen": lambda o: params_of(o)[0].requires_grad_(False),
     "parameter added to the list": lambda o: o.param_groups[0]["params"].append(another()),
     "parameter removed from the list": lambda o: operator.delitem(o.param_groups[0]["params"], 0),
+    "parameter in two groups": lambda o: o.param_groups[1]["params"].append(params_of(o)[0]),
     "gradient missing": lambda o: setattr(params_of(o)[1], "grad", None),
     "gradient transposed": lambda o: setattr(
         params_of(o)[0], "grad", torch.linspace(-1, 1, 15).view(5, 3).t()
@@ -102,14 +103,30 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
     "moment replaced": lambda o: entry(o).update(exp_avg=torch.full((3, 5), 0.25)),
     "moment moved": lambda o: setattr(entry(o)["exp_avg_sq"], "data", torch.full((3, 5), 0.25)),
     "moment in 16 bits": lambda o: entry(o).update(exp_avg_sq=entry(o)["exp_avg_sq"].half()),
+    # in the memory that it had
+    "moment in whole numbers": lambda o: entry(o).update(
+        exp_avg=entry(o)["exp_avg"].view(torch.int32).fill_(1)
+    ),
+    "moment in half of its memory": lambda o: entry(o, 1).update(
+        exp_avg=entry(o, 1)["exp_avg"].view(torch.half)[:7].fill_(0.25)
+    ),
     "moments in fp64": lambda o: entry(o).update({key: entry(o)[key].double() for key in MOMENTS}),
     "step replaced": lambda o: entry(o).update(step=torch.tensor(7.0)),
     "step replaced by a number": lambda o: entry(o).update(step=7),
+    "step of a frozen parameter replaced by a number": lambda o: (
+        params_of(o)[0].requires_grad_(False),
+        setattr(params_of(o)[0], "grad", None),
+        entry(o).update(step=7),
+    ),
     "step moved": lambda o: setattr(entry(o)["step"], "data", torch.tensor(3.0)),
     "step swapped": lambda o: torch.utils.swap_tensors(entry(o)["step"], torch.tensor(100.0)),
     "all of another size": lambda o: (
         change_data(params_of(o)[0], lambda x: x[:2], lambda x: x[:2]),
         entry(o).update({key: entry(o)[key][:2].clone() for key in MOMENTS}),
+    ),
+    "all but one number gone": lambda o: (
+        change_data(params_of(o)[1], lambda x: x[0], lambda x: x[0]),
+        entry(o, 1).update({key: entry(o, 1)[key][0] for key in MOMENTS}),
     ),
     "state of one deleted": lambda o: operator.delitem(o.state, params_of(o)[1]),
     "state cleared": lambda o: o.state.clear(),
@@ -117,6 +134,7 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
     "rate assigned": lambda o: operator.setitem(o.param_groups[0], "lr", 0.03),
     "rate updated": lambda o: operator.ior(o.param_groups[1], {"lr": 0.03}),
     "decay assigned": lambda o: operator.setitem(o.param_groups[0], "weight_decay", 0.5),
+    "largest moment kept": lambda o: operator.setitem(o.param_groups[0], "amsgrad", True),
     "betas assigned": lambda o: operator.setitem(o.param_groups[0], "betas", (0.5, 0.9)),
     "peak assigned": lambda o: operator.setitem(o.param_groups[0], "initial_lr", 1.0),
     "schedule popped": lambda o: o.param_groups[0].pop("schedule"),
@@ -239,6 +257,39 @@ def test_a_negative_gradient_that_autograd_leaves_is_seen():
     torch.testing.assert_close(*params)
 
 
+def imaginary(x: Tensor) -> Tensor:
+    return torch.complex(torch.zeros_like(x), x).imag
+
+
+# gradients that look alike, but for the sign in which their numbers are kept
+@pytest.mark.parametrize(
+    ("shape", "before", "after"),
+    (
+        ((4,), imaginary, negative_view),
+        ((1,), torch.clone, lambda x: negative_view(x[0]).unsqueeze(0)),
+    ),
+    ids=("every other number", "one number"),
+)
+def test_a_gradient_kept_in_the_other_sign_is_seen(shape, before, after):
+    params = [torch.nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    optimizers = [
+        fusedlr.FusedAdamW([p], lr=0.1, backend=b) for p, b in zip(params, ("cpu", "reference"), strict=True)
+    ]
+    for view in (before, before, before, after):
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = view(torch.linspace(1, 2, p.numel()))
+            optimizer.step()
+    torch.testing.assert_close(*params)
+
+
+def test_a_gradient_that_comes_back_needs_no_other_plan():
+    optimizer = made()
+    prepare_anew(optimizer)
+    step(optimizer, 3, missing=lambda k, i: i == 1)
+    set_grads(optimizer, 4)
+    assert step_as_prepared(optimizer)
+
+
 def test_a_cycle_through_a_parameter_is_collected():
     optimizer = made()
     params_of(optimizer)[0].owner = optimizer  # type: ignore[attr-defined]
@@ -249,11 +300,38 @@ def test_a_cycle_through_a_parameter_is_collected():
     assert held() is None
 
 
-def test_memory_that_has_been_freed_is_refused():
+@pytest.mark.parametrize("what", ("the parameter", "its gradient"))
+def test_memory_that_has_been_freed_is_refused(what):
     optimizer = made()
-    params_of(optimizer)[0].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="memory of the parameter has been freed"):
+    p = params_of(optimizer)[0]
+    (p if what == "the parameter" else p.grad).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"memory of {what} has been freed"):
         optimizer.step()
+
+
+def test_without_the_compiled_watch_every_step_is_prepared_anew(monkeypatch):
+    optimizer, plain = make("cpu"), make("cpu")
+    steps(optimizer, 0, 3)
+    monkeypatch.setattr(compiled, "host", None)
+    for k in range(3):
+        set_grads(plain, k)
+        assert not step_as_prepared(plain)
+    assert all(map(torch.equal, params_of(optimizer), params_of(plain)))
+
+
+class AnotherTensor(Tensor):
+    """A tensor that may compute in another way."""
+
+
+@pytest.mark.parametrize("name", ("grad", *MOMENTS))
+def test_a_tensor_of_another_type_is_seen_even_in_the_same_memory(name):
+    optimizer = made()
+    p = params_of(optimizer)[0]
+    if name == "grad":
+        p.grad = p.grad.as_subclass(AnotherTensor)
+    else:
+        entry(optimizer)[name] = entry(optimizer)[name].as_subclass(AnotherTensor)
+    assert not step_as_prepared(optimizer)
 
 
 def test_a_step_without_groups_does_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_it_is_the_norm_of_what_is_there_and_changes_no_step(device, backend, op
             assert torch.equal(p, q)
         for name, value in asked.metrics().items():
             torch.testing.assert_close(value, plain.metrics()[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_scope_is_measured_whether_its_step_needs_a_norm_or_not():
+    dtypes = (torch.float32, torch.float32, torch.float64, torch.float64)
+    of_group = [[torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes] for _ in range(2)]
+    groups = [{"params": of_group[0], "max_grad_norm": 1.0}, {"params": of_group[1]}]
+    optimizer = fusedlr.FusedAdamW(groups, lr=0.1, groups="independent")
+    for i, p in enumerate(params_of(optimizer)):
+        p.grad = None if i % 4 == 0 else torch.full_like(p, i)
+    norms = [math.sqrt(3 * sum(i * i for i in of)) for of in ((1, 2, 3), (5, 6, 7))]
+    assert optimizer.grad_norm().tolist() == pytest.approx(norms, rel=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
