@@ -66,6 +66,17 @@ def test_a_peak_changed_while_training_is_used_at_once():
     assert optimizer.param_groups[0]["lr"] == SCHEDULE.lr_at(1, 1.0)
 
 
+def test_a_group_that_makes_no_step_shows_the_rate_of_its_next(device, backend):
+    a, b, c, *_ = make_params((torch.float32,), device=device)
+    groups = [{"params": [a]}, {"params": [b]}, {"params": [c], "schedule": None, "lr": 0.5}]
+    optimizer = scheduled(groups, groups="independent", backend=backend)
+    for k in range(4):
+        step(optimizer, k, missing=lambda k, i: i > 0 and k != 1)
+    assert [group["k"] for group in optimizer.param_groups] == [4, 1, 1]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([SCHEDULE.lr_at(3, PEAK), SCHEDULE.lr_at(1, PEAK), 0.5])
+
+
 def test_an_absolute_floor_is_measured_by_a_rate_that_is_used():
     groups = [{"params": [p], "lr": lr} for p, lr in zip(make_params(), (2e-4, 3.2e-3), strict=False)]
     schedule = fusedlr.cosine(2, 10, min_lr=2e-5)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import EDGES
 from harness import relative_difference
-from kit import StepGroup, StepRow, run_step
+from kit import StepGroup, StepRow, run_step, stepper
 from torch import Tensor
 
 import fusedlr
@@ -236,6 +236,27 @@ def test_counts_as_the_reference(max_grad_norm, skip_nonfinite, joint):
         assert_same(groups, *signals[:3], joint=joint, exact=False)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_the_update_decides_by_the_sums_of_squares_that_it_finds(backend):
+    """Those of all processes may have been added since."""
+    rows = make_rows(((33,), (4, 5)), torch.float32, torch.float32, False)
+    counters, expected = Counters.zeros(1, CPU), math.hypot(*(row.grad.norm().item() for row in rows))
+    made = stepper(backend, [StepGroup(rows, max_grad_norm=1.0)], counters)
+    made.norm(Signals())
+    assert counters.k.item() == 0
+    counters.squares.mul_(4)
+    made.update(Signals())
+    assert counters.grad_norm.item() == pytest.approx(2 * expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_a_scope_makes_the_step_where_another_process_has_its_gradients(backend):
+    rows = make_rows(((3,), (4,)), torch.float32, torch.float32, False)
+    groups, counters = [StepGroup([replace(row, grad=None)]) for row in rows], Counters.zeros(2, CPU)
+    stepper(backend, groups, counters, joint=False).step(Signals(stepped=torch.tensor([2.0, 0.0])))
+    assert counters.k.tolist() == [1, 0]
+
+
 def test_a_sum_of_squares_that_fp32_cannot_hold_is_skipped_as_in_the_reference():
     rows = make_rows(((5000,),), torch.float32, torch.float32, False)
     rows[0].grad.fill_(1e18)
@@ -343,3 +364,73 @@ print(len(set(maps)), set(maps))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.startswith("1 "), out
+
+
+class CompiledStep:
+    """The arguments of a compiled stepper for two fp64 tensors of two elements, in a group each."""
+
+    def __init__(self) -> None:
+        self.tensors = [torch.ones(2, dtype=torch.float64) for _ in range(6)]
+        self.t = [torch.zeros(()) for _ in range(2)]
+        self.counters = Counters.zeros(2, CPU)
+        p, m, v = (self.tensors[i : i + 2] for i in (0, 2, 4))
+        self.arguments: dict[str, Any] = {
+            "isa": cpu.isa(),
+            "group_of": [0, 1],
+            "params": [0, 0],
+            "state_types": [0, 0],
+            "sizes": [2, 2],
+            "p": addresses(p),
+            "states": [addresses(m), addresses(v), [0, 0]],
+            "t": addresses(self.t),
+            "groups": 2,
+            "counts": self.counters.counts.data_ptr(),
+            "used": self.counters.used.data_ptr(),
+            "squares": self.counters.squares.data_ptr(),
+        }
+
+    def stepper(self, **changes: Any) -> Any:
+        return compiled.cpu.Stepper(**{**self.arguments, **changes})
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+def compiled_group(scope: int) -> Any:
+    return compiled.cpu.Group(None, math.nan, 0.9, 0.999, 1e-8, 0.0, False, scope)
+
+
+# what would lead to other memory is refused
+@pytest.mark.parametrize(
+    "name", ("group_of", "params", "state_types", "sizes", "p", "t", "states", "one of the states")
+)
+def test_lists_of_unequal_lengths_are_refused(name):
+    step = CompiledStep()
+    if name == "one of the states":
+        m, v, largest = step.arguments["states"]
+        changes = {"states": [m, v[:1], largest]}
+    else:
+        changes = {name: step.arguments[name][:-1]}
+    with pytest.raises(ValueError, match="every list must have one entry per tensor"):
+        step.stepper(**changes)
+
+
+@pytest.mark.parametrize("group_of", ([0, 2], [1, 0]), ids=("no such group", "out of order"))
+def test_tensors_that_do_not_follow_their_groups_are_refused(group_of):
+    with pytest.raises(ValueError, match="tensors must be in the order of their groups"):
+        CompiledStep().stepper(group_of=group_of)
+
+
+def test_options_of_other_groups_and_scopes_are_refused():
+    step = CompiledStep()
+    stepper, scope = step.stepper(), compiled.cpu.Scope(None, False, True)
+    with pytest.raises(ValueError, match="the number of groups has changed"):
+        stepper.assign([compiled_group(0)], [scope])
+    with pytest.raises(ValueError, match="a group's scope does not exist"):
+        stepper.assign([compiled_group(0), compiled_group(1)], [scope])
+    stepper.assign([compiled_group(0)] * 2, [scope])
+    grads, rates = torch.tensor(addresses(step.tensors[:2])), torch.ones(2, dtype=torch.float64)
+    given = grads.data_ptr(), rates.data_ptr(), None, False, 1
+    with pytest.raises(ValueError, match="there is an entry per scope"):
+        stepper.run(compiled.cpu.UPDATE, *given, [True, True])

@@ -91,6 +91,7 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
     "parameter frozen": lambda o: params_of(o)[0].requires_grad_(False),
     "parameter added to the list": lambda o: o.param_groups[0]["params"].append(another()),
     "parameter removed from the list": lambda o: operator.delitem(o.param_groups[0]["params"], 0),
+    "parameters in a tuple": lambda o: o.param_groups[0].update(params=tuple(o.param_groups[0]["params"])),
     "parameter in two groups": lambda o: o.param_groups[1]["params"].append(params_of(o)[0]),
     "gradient missing": lambda o: setattr(params_of(o)[1], "grad", None),
     "gradient transposed": lambda o: setattr(
@@ -153,6 +154,7 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
         o.param_groups.pop(),
     ),
     "group away for a look": lambda o: look_without_the_last_group(o),
+    "groups in a tuple": lambda o: setattr(o, "param_groups", tuple(o.param_groups)),
     "groups replaced by dicts": lambda o: setattr(o, "param_groups", [dict(g) for g in o.param_groups]),
     "groups replaced after a step without gradients": lambda o: (
         drop_gradients(o.param_groups[1]),
