@@ -233,6 +233,11 @@ def step_as_prepared(optimizer: fusedlr.FusedAdamW) -> bool:
     return before is not None and optimizer._planner.plan is before
 
 
+def stepper_of(optimizer: fusedlr.FusedAdamW) -> Stepper:
+    """What makes the steps that are like the last."""
+    return optimizer._planner.plan.stepper
+
+
 @dataclass
 class StepRow:
     """One parameter of a step that no optimizer makes, with its gradient and state."""

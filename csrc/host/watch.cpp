@@ -35,7 +35,10 @@ bool same(const py::object& a, const py::object& b) {
     return equal;
 }
 
-bool is_number(PyObject* rate) { return PyFloat_Check(rate) || PyLong_Check(rate); }
+// a number may be of any type that float() takes, as numpy's are
+bool is_number(PyObject* rate) {
+    return !PyObject_TypeCheck(rate, reinterpret_cast<PyTypeObject*>(torch().tensor));
+}
 
 }  // namespace
 

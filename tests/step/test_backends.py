@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 from kit import make, prepare_anew, recorded, scheduled, set_grads, steps
@@ -69,3 +71,21 @@ def test_falling_back_is_said_once_with_the_reasons(monkeypatch):
     (warning,) = [w for w in caught if issubclass(w.category, fusedlr.FallbackWarning)]
     assert all(f"{name}: " in str(warning.message) for name in ("cpu", "cuda", "triton"))
     assert warning.filename == __file__
+
+
+@pytest.mark.skipif(compiled.host is None, reason=str(compiled.host_error))
+def test_a_torch_that_does_not_describe_its_tensors_makes_the_same_steps():
+    # a process of its own, because the watch asks torch once
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import fusedlr
+params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+ours, stock = fusedlr.FusedAdamW(params[:1], lr=0.1), torch.optim.AdamW(params[1:], lr=0.1)
+for optimizer, p in zip((ours, stock), params):
+    for k in range(3):
+        p.grad = torch.full((3,), 1.0 + k)
+        optimizer.step()
+torch.testing.assert_close(*params)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,9 +10,20 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from kit import make_params, prepare_anew, rates_given, set_grads, spoil, step, step_as_prepared, steps
+from kit import (
+    make_params,
+    prepare_anew,
+    rates_given,
+    set_grads,
+    spoil,
+    step,
+    step_as_prepared,
+    stepper_of,
+    steps,
+)
 from snapshots import params_of
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -61,6 +72,16 @@ def another() -> torch.nn.Parameter:
     return p
 
 
+def like(p: torch.nn.Parameter) -> torch.nn.Parameter:
+    other = torch.nn.Parameter(p.data)
+    other.grad = p.grad
+    return other
+
+
+def replace_first(optimizer: Optimizer, p: torch.nn.Parameter) -> None:
+    optimizer.param_groups[0]["params"][0] = p
+
+
 def negative_view(x: Tensor) -> Tensor:
     return torch.complex(torch.zeros_like(x), x).conj().imag
 
@@ -91,6 +112,7 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
     "parameter frozen": lambda o: params_of(o)[0].requires_grad_(False),
     "parameter added to the list": lambda o: o.param_groups[0]["params"].append(another()),
     "parameter removed from the list": lambda o: operator.delitem(o.param_groups[0]["params"], 0),
+    "parameter replaced by one in its memory": lambda o: replace_first(o, like(params_of(o)[0])),
     "parameters in a tuple": lambda o: o.param_groups[0].update(params=tuple(o.param_groups[0]["params"])),
     "parameter in two groups": lambda o: o.param_groups[1]["params"].append(params_of(o)[0]),
     "gradient missing": lambda o: setattr(params_of(o)[1], "grad", None),
@@ -123,16 +145,19 @@ CHANGES: dict[str, Callable[[Optimizer], Any]] = {
     "step swapped": lambda o: torch.utils.swap_tensors(entry(o)["step"], torch.tensor(100.0)),
     "all of another size": lambda o: (
         change_data(params_of(o)[0], lambda x: x[:2], lambda x: x[:2]),
-        entry(o).update({key: entry(o)[key][:2].clone() for key in MOMENTS}),
+        entry(o).update({key: entry(o)[key][:2] for key in MOMENTS}),
     ),
     "all but one number gone": lambda o: (
         change_data(params_of(o)[1], lambda x: x[0], lambda x: x[0]),
         entry(o, 1).update({key: entry(o, 1)[key][0] for key in MOMENTS}),
     ),
     "state of one deleted": lambda o: operator.delitem(o.state, params_of(o)[1]),
+    "state of one under another key": lambda o: operator.setitem(o.state, "other", o.state.popitem()[1]),
     "state cleared": lambda o: o.state.clear(),
     "state loaded": lambda o: o.load_state_dict(one_step_of(make(o.backend)).state_dict()),
     "rate assigned": lambda o: operator.setitem(o.param_groups[0], "lr", 0.03),
+    "rate assigned as numpy's": lambda o: operator.setitem(o.param_groups[0], "lr", np.float32(0.03)),
+    "rate assigned as numpy's integer": lambda o: operator.setitem(o.param_groups[1], "lr", np.int64(1)),
     "rate updated": lambda o: operator.ior(o.param_groups[1], {"lr": 0.03}),
     "decay assigned": lambda o: operator.setitem(o.param_groups[0], "weight_decay", 0.5),
     "largest moment kept": lambda o: operator.setitem(o.param_groups[0], "amsgrad", True),
@@ -309,6 +334,86 @@ def test_memory_that_has_been_freed_is_refused(what):
     (p if what == "the parameter" else p.grad).untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"memory of {what} has been freed"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ("params", "lr"))
+def test_a_group_without_what_a_step_needs_raises(name):
+    optimizer = made(schedule=None)
+    del optimizer.param_groups[1][name]
+    with pytest.raises(KeyError, match=name):
+        optimizer.step()
+
+
+def test_a_rate_that_no_double_can_hold_raises():
+    optimizer = made(schedule=None)
+    optimizer.param_groups[0]["lr"] = 10**400
+    with pytest.raises(ValueError, match="lr="):
+        optimizer.step()
+
+
+def test_state_that_is_no_dict_raises():
+    optimizer = made()
+    optimizer.state[params_of(optimizer)[0]] = [1]  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="its state is a list, expected a dict"):
+        optimizer.step()
+
+
+class InterruptedParameter(torch.nn.Parameter):
+    """A parameter during whose next look-up of its gradient the user interrupts."""
+
+    interrupted = False
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        if InterruptedParameter.interrupted:
+            InterruptedParameter.interrupted = False
+            raise KeyboardInterrupt
+        return super().grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_while_the_watch_looks_is_passed_on():
+    p = InterruptedParameter(torch.ones(3))
+    optimizer = Optimizer([p], lr=0.1, backend="cpu")
+    p.grad = torch.ones(3)
+    optimizer.step()
+    InterruptedParameter.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert step_as_prepared(optimizer)
+
+
+def test_autograd_is_told_of_parameters_with_a_gradient_alone():
+    optimizer = made()
+    params = params_of(optimizer)
+    params[0].grad = None
+    before = [p._version for p in params]
+    assert step_as_prepared(optimizer)
+    assert [p._version > version for p, version in zip(params, before, strict=True)] == [False, *[True] * 4]
+
+
+@pytest.mark.parametrize("name", ("grad", *MOMENTS))
+def test_a_tensor_that_goes_during_a_step_is_kept_until_its_end(name, monkeypatch):
+    """As where another thread lets go of it: the compiled stages have its address."""
+    optimizer = made()
+    stepper, p = stepper_of(optimizer), params_of(optimizer)[0]
+    whole = stepper.step
+    held = weakref.ref(p.grad if name == "grad" else entry(optimizer)[name])
+
+    def without_it(signals: Any) -> Any:
+        if name == "grad":
+            p.grad = None
+        else:
+            del entry(optimizer)[name]
+        assert held() is not None
+        return whole(signals)
+
+    monkeypatch.setattr(stepper, "step", without_it)
+    assert step_as_prepared(optimizer)
+    assert held() is None
 
 
 def test_without_the_compiled_watch_every_step_is_prepared_anew(monkeypatch):

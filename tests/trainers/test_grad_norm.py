@@ -113,8 +113,9 @@ def test_the_number_that_was_handed_out_stays():
 
 @watched
 def test_the_step_takes_it_over(monkeypatch):
-    optimizer = make(max_grad_norm=1.0)
+    optimizer = make(3, max_grad_norm=1.0)
     set_gradients(optimizer, 0)
+    params_of(optimizer)[2].grad = None
     norm = optimizer.grad_norm()
     # a write that torch does not count, which a norm computed in the step would see
     optimizer.param_groups[0]["params"][0].grad.data.mul_(100)
@@ -123,6 +124,49 @@ def test_the_step_takes_it_over(monkeypatch):
     # once
     optimizer.step()
     assert optimizer.metrics()["grad_norm"] > 10 * norm
+
+
+@watched
+def test_a_norm_that_cannot_be_remembered_leaves_none_to_take_over():
+    optimizer = make(max_grad_norm=1.0)
+    set_gradients(optimizer, 0)
+    p = params_of(optimizer)[0]
+    first, norm = p.grad, optimizer.grad_norm()
+    with torch.inference_mode():
+        unversioned = first * 100
+    p.grad = unversioned
+    assert optimizer.grad_norm() > 10 * norm
+    p.grad = first
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"] == norm
+
+
+class InterruptedGradient(Tensor):
+    """A gradient during whose next look-up of its version the user interrupts."""
+
+    interrupted = False
+
+    @property
+    def _version(self) -> int:  # type: ignore[override]
+        if InterruptedGradient.interrupted:
+            InterruptedGradient.interrupted = False
+            raise KeyboardInterrupt
+        return 0
+
+
+@watched
+def test_an_interrupt_while_a_norm_is_remembered_or_taken_over_is_passed_on():
+    optimizer = make(max_grad_norm=1.0)
+    set_gradients(optimizer, 0)
+    p = params_of(optimizer)[0]
+    p.grad = p.grad.as_subclass(InterruptedGradient)
+    InterruptedGradient.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.grad_norm()
+    optimizer.grad_norm()
+    InterruptedGradient.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
 
 
 def write_in_place(p: Tensor) -> None:
