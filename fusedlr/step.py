@@ -19,7 +19,7 @@ from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Options, parameter_name
-from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper, is_fake
+from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper
 from fusedlr.sharded import Layout, ReducingStepper
 from fusedlr.tensors import SHARDED, gradient_misfit, state_misfit
 
@@ -230,8 +230,7 @@ def _complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], dtype: to
 
 
 def _watch(groups: list[dict[str, Any]], state: State, rows: list[Row]) -> Watch:
-    # the compiled watch looks at addresses
-    if compiled.host is not None and not any(is_fake(row.owner) for row in rows):
+    if compiled.host is not None:
         try:
             params = [row.owner for row in rows]
             watch = compiled.host.Watch(groups, state, params, (*STATE, "step"))
@@ -239,6 +238,6 @@ def _watch(groups: list[dict[str, Any]], state: State, rows: list[Row]) -> Watch
             if watch.unchanged(groups, state):
                 return watch
         except (BufferError, RuntimeError, TypeError):
-            # a tensor without memory of its own, as of some subclasses
+            # a tensor that torch does not describe, or a container of another kind
             pass
     return UncompiledWatch(rows, [group["lr"] for group in groups])

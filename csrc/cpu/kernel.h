@@ -7,8 +7,8 @@
 
 namespace fusedlr {
 
-// n elements of one tensor. The gradient is of the parameter's type; a tensor of the state that the parameter
-// does not have is null.
+// n elements of one tensor. The gradient is of the parameter's type; where the parameter does not have a
+// tensor of the state, its address means nothing.
 struct Span {
     char *p, *g, *state[kStates];
     int64_t n;

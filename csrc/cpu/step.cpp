@@ -22,8 +22,6 @@ constexpr int64_t kAlone = 98304;
 // what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 constexpr double kClipEps = 1e-6;
 
-double log_or_inf(double b) { return b > 0 ? std::log(b) : -std::numeric_limits<double>::infinity(); }
-
 }  // namespace
 
 std::vector<const Kernel*> kernels() {
@@ -163,7 +161,7 @@ void Stepper::decide(const Inputs& inputs) {
         s.one_b1 = 1 - group.b1;
         s.b2 = group.b2;
         s.one_b2 = 1 - group.b2;
-        const double log_b1 = log_or_inf(group.b1), log_b2 = log_or_inf(group.b2);
+        const double log_b1 = std::log(group.b1), log_b2 = std::log(group.b2);
         // most tensors of a group have had the same number of updates
         float last = -1;
         for (; i < rows_.size() && rows_[i].group == j; ++i) {
@@ -191,8 +189,7 @@ Span Stepper::span(const Chunk& chunk, uintptr_t gradient) const {
     const uintptr_t state = uintptr_t(chunk.begin * size_of(row.state));
     Span span = {
         reinterpret_cast<char*>(row.p + param), reinterpret_cast<char*>(gradient + param), {}, chunk.n};
-    for (int i = 0; i < kStates; ++i)
-        if (row.states[size_t(i)]) span.state[i] = reinterpret_cast<char*>(row.states[size_t(i)] + state);
+    for (int i = 0; i < kStates; ++i) span.state[i] = reinterpret_cast<char*>(row.states[size_t(i)] + state);
     return span;
 }
 

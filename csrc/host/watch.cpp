@@ -87,7 +87,7 @@ void Watch::add_row(PyObject* param, PyObject* entry) {
     for (uint32_t i = row.grad.begin; i < row.grad.end; i += 2)
         row.may_be_negated &= extents_[i] < 2 || extents_[i + 1] != 1;
     for (PyObject* const name : names_) {
-        PyObject* const value = PyDict_Check(entry) ? PyDict_GetItemWithError(entry, name) : nullptr;
+        PyObject* const value = PyDict_GetItemWithError(entry, name);
         row.state.push_back(value ? meta(value) : Meta{});
     }
     rows_.push_back(row);
@@ -100,7 +100,6 @@ Meta Watch::meta(PyObject* tensor) {
         spec = attribute(tensor, torch().spec_name), part = attribute(tensor, torch().local_name);
         tensor = part.ptr();
     }
-    if (torch().is_negated(tensor)) throw std::runtime_error("a tensor is a negative view");
     const dlpack::Tensor t = torch().describe(tensor);
     Meta seen = {t.data, Py_TYPE(tensor), t.device, t.dtype, 1, uint32_t(extents_.size()), 0};
     seen.wrapper = wrapper, seen.spec = spec;
@@ -110,7 +109,6 @@ Meta Watch::meta(PyObject* tensor) {
         extents_.push_back(t.strides[i]);
     }
     seen.end = uint32_t(extents_.size());
-    if (seen.size && !t.data) throw std::runtime_error("a tensor has no memory of its own");
     return seen;
 }
 
@@ -135,11 +133,9 @@ bool Watch::as_before(PyObject* tensor, const Meta& before, bool spread, void** 
 }
 
 bool Watch::unchanged(const py::object& groups, const py::object& state) try {
-    release();
     if (!PyList_Check(groups.ptr()) || !PyDict_Check(state.ptr())) return false;
     if (size_t(PyList_GET_SIZE(groups.ptr())) != groups_.size()) return false;
     written_ = py::list();
-    const int64_t presence = presence_;
     for (size_t i = 0; i < groups_.size(); ++i) {
         PyObject* const group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i));
         if (group != groups_[i].object || !note_rate(i, group)) return false;
@@ -152,8 +148,6 @@ bool Watch::unchanged(const py::object& groups, const py::object& state) try {
             if (p != before[j].object || !note_gradient(p, before[j].row)) return false;
         }
     }
-    // however many gradients have come and gone
-    presence_ = std::min(presence_, presence + 1);
     return same_state(state.ptr());
 } catch (py::error_already_set& error) {
     // fusedlr/step.py raises an error that names the tensor; an interrupt is passed on
@@ -162,7 +156,7 @@ bool Watch::unchanged(const py::object& groups, const py::object& state) try {
 }
 
 bool Watch::note_rate(size_t i, PyObject* group) {
-    PyObject* const rate = PyDict_Check(group) ? PyDict_GetItemWithError(group, torch().lr_name) : nullptr;
+    PyObject* const rate = PyDict_GetItemWithError(group, torch().lr_name);
     if (!rate || is_number(rate) != groups_[i].rate_is_number) return false;
     rates_[i] = is_number(rate) ? PyFloat_AsDouble(rate) : std::numeric_limits<double>::quiet_NaN();
     if (rates_[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
