@@ -38,9 +38,9 @@ GROUP_FLOATS = (
     "weight_decay",
     "sign",
 )
-# int64 per scope: whether its norm is needed, whether it skips a step whose norm is not finite, its slots in
-# the partial sums
-SCOPE_INTS = ("normed", "skip_nonfinite", "first_slot", "last_slot")
+# int64 per scope: whether its norm is needed, whether it skips a step whose norm is not finite, whether it
+# decides by its norm alone whatever a scaler has found, its slots in the partial sums
+SCOPE_INTS = ("normed", "skip_nonfinite", "by_own_norm", "first_slot", "last_slot")
 # fp32 per scope: what its norm is clipped to, nan without clipping
 SCOPE_FLOATS = ("max_grad_norm",)
 # int64 per phase; `whole` is restarts, whole half waves, or the position in the table

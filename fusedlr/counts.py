@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedlr import arguments
-from fusedlr.groups import Notes, ParamGroup, check_rates, has_schedule
+from fusedlr.groups import Notes, ParamGroup, ScopeKey, check_rates, has_schedule, scope_keys, scopes_of
 from fusedlr.reference import Counters, Made, capturing, is_fake, scalar_dtype
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.warn import warn
@@ -42,6 +42,7 @@ class Counts:
     since.
 
     Attributes:
+        groups: those that are counted, as they were when a step last looked.
         counters: the counters on the device; replaced when groups or the device change.
         k: per group the updates made, as far as the host knows.
         shown: per group the step whose rate `group["lr"]` shows.
@@ -62,7 +63,7 @@ class Counts:
         joint: bool,
     ) -> None:
         self._notes, self._defaults, self.joint = notes, defaults, joint
-        self._groups = list(groups)
+        self.groups = list(groups)
         # parameter -> own keys and counters of a group that was taken out with it, for a plain dict that is
         # put in the group's place
         self._gone: Any = WeakTensorKeyDictionary()
@@ -90,7 +91,7 @@ class Counts:
         Raises:
             TypeError, ValueError: a schedule or rate that was assigned to a group cannot be used.
         """
-        if not self._notes.changed and _same(groups, self._groups):
+        if not self._notes.changed and _same(groups, self.groups):
             return
         for group in groups:
             if dict.__contains__(group, "k"):
@@ -101,7 +102,7 @@ class Counts:
                 group["schedule"].resolve(self._defaults["lr"])
                 if "initial_lr" not in group:
                     check_rates(group["lr"])
-        if not _same(groups, self._groups) or not all(map(self._is_ours, groups)):
+        if not _same(groups, self.groups) or not all(map(self._is_ours, groups)):
             self._follow(groups)
         for group in groups:
             if has_schedule(group):
@@ -114,7 +115,7 @@ class Counts:
 
     def _wrapped(self, group: dict[str, Any], origin: int | None) -> ParamGroup:
         """A group from outside; it takes over what the group had that held its parameters."""
-        before = self._groups[origin] if origin is not None else None
+        before = self.groups[origin] if origin is not None else None
         own, counts = self._gone_with(group) if before is None else (dict(getattr(before, "own", {})), None)
         wrapped = ParamGroup({**own, **group}, self._notes)
         schedule = wrapped.get("schedule")
@@ -143,7 +144,7 @@ class Counts:
     def _follow(self, groups: list[Any]) -> None:
         """Count for these groups: each goes on at its own counts, wherever it stood; new ones start at 0."""
         self.sync()
-        old, before = self.counters, self._groups
+        old, before = self.counters, self.groups
         owner = {id(p): i for i, group in enumerate(before) for p in group["params"]}
         place = {id(group): i for i, group in enumerate(before)}
         origins = [
@@ -185,7 +186,7 @@ class Counts:
                 self._gone.pop(p, None)
         if old.stale.numel() and groups:
             self.counters.stale[0] = old.stale.max()
-        self._groups = list(groups)
+        self.groups = list(groups)
         self.shown = shown
         self.sync()
 
@@ -208,6 +209,11 @@ class Counts:
         counters.graphs = self.counters.graphs
         self.counters = counters
         self._notes.changed = True
+
+    def scopes(self) -> dict[ScopeKey, int]:
+        """What the scopes of the counted groups are called -> the index of the scope's first group."""
+        keys = scope_keys(self.groups, joint=self.joint)
+        return {key: keys.index(key) for key in scopes_of(self.groups, joint=self.joint) if key in keys}
 
     # what a step has made of the counters
 

@@ -1,4 +1,4 @@
-"""A param group: its schedule, peak and rate, who wrote the rate last, and what a step needs of it."""
+"""A param group: its scope, schedule, peak and rate, who wrote the rate last, and what a step needs of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedlr import arguments
@@ -42,14 +44,16 @@ class Notes:
 
 # What a group has beside AdamW's keys. Tools save, copy and compare the items of a group, so these are not
 # among them. `initial_lr` is the peak of a group with a schedule.
-OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm")
+OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm", "nonfinite", "scope")
+# what the groups of a scope share
+_OF_SCOPE = ("max_grad_norm", "nonfinite")
 # nor are counts, which are kept for all groups together
 _NO_ITEMS = (*OWN_KEYS, "k", "k_at_step")
 
 
 class ParamGroup(dict[str, Any]):
-    """A param group whose items are AdamW's, and which has a schedule, a peak and a limit of its own beside
-    them.
+    """A param group whose items are AdamW's, and which has a scope, a schedule, a peak and a limit of its own
+    beside them.
 
     These are read and assigned like items, but are none: `keys`, `items`, copies and files do not show them.
     An assignment from outside is noted in the optimizer's `notes`; a copy or a pickle of a group is a plain
@@ -119,7 +123,7 @@ class ParamGroup(dict[str, Any]):
         if key in self and type(value) in _PLAIN and type(self[key]) is type(value) and self[key] == value:
             return
         self._notes.changed = True
-        if key in ("schedule", "max_grad_norm") or key in self.own:
+        if key in self.own or (key in OWN_KEYS and key != "initial_lr"):
             self.own[key] = value
         else:
             super().__setitem__(key, value)
@@ -207,7 +211,7 @@ class Options:
 
     Attributes:
         groups: every group in order.
-        scopes: every scope.
+        scopes: every scope, in the order of `scopes_of`.
         overruled: indices of groups whose own schedule gives way to an assigned lr in the next step.
         kept: whether the options hold until a change is noted; a tensor or a list can be changed in place.
     """
@@ -237,18 +241,111 @@ class Options:
         overruled = [
             i for i, group in enumerate(groups) if has_schedule(group) and id(group) in notes.lr_assigned
         ]
-        steps = [
-            _group_step(group, 0 if joint else i, driven=has_schedule(group) and i not in overruled)
-            for i, group in enumerate(groups)
-        ]
-        limits = [max_grad_norm] if joint else [group.get("max_grad_norm", max_grad_norm) for group in groups]
-        scopes = [Scope(limit, skips_nonfinite(nonfinite, limit), always=joint) for limit in limits]
+        keys = scope_keys(groups, joint=joint)
+        index = {key: i for i, key in enumerate(scopes_of(groups, joint=joint))}
         return Options(
-            groups=steps,
-            scopes=scopes,
+            groups=[
+                _group_step(group, index[key], driven=has_schedule(group) and i not in overruled)
+                for i, (group, key) in enumerate(zip(groups, keys, strict=True))
+            ],
+            scopes=[_scope(key, groups, keys, max_grad_norm, nonfinite) for key in index],
             overruled=overruled,
             kept=all(map(_is_plain, groups)),
         )
+
+
+# what a scope is called: its name, None for that of all groups without a name where these are joint, else the
+# index of its only group
+ScopeKey = str | int | None
+
+
+def scope_keys(groups: Sequence[Any], *, joint: bool) -> list[ScopeKey]:
+    """Per group what its scope is called; `joint`: whether groups without a name share one."""
+    names = [group.get("scope") for group in groups]
+    return [(None if joint else i) if name is None else name for i, name in enumerate(names)]
+
+
+def scopes_of(groups: Sequence[Any], *, joint: bool) -> tuple[ScopeKey, ...]:
+    """What the scopes of these groups are called, in the order of their first groups."""
+    # the joint scope is there without groups, too
+    return tuple(dict.fromkeys(scope_keys(groups, joint=joint))) or ((None,) if joint else ())
+
+
+def index_of_scope(name: str, key: Any, scopes: Sequence[ScopeKey]) -> int:
+    """The place of a scope that an argument of this name asks for.
+
+    Raises:
+        ValueError: there is no such scope.
+    """
+    # not 1 for True
+    found = next((i for i, scope in enumerate(scopes) if type(scope) is type(key) and scope == key), None)
+    if found is not None:
+        return found
+    close = (
+        get_close_matches(key, [s for s in scopes if isinstance(s, str)], 1) if isinstance(key, str) else []
+    )
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"{name}={arguments.shown(key)} is no scope of this optimizer, which has "
+        f"{', '.join(map(repr, scopes)) or 'none'}{hint}"
+    )
+
+
+def chosen_scopes(only: Any, scopes: Sequence[ScopeKey]) -> Tensor | tuple[bool, ...]:
+    """Per scope whether `only` names it; a tensor says so itself, on its device.
+
+    Raises:
+        ValueError: it names a scope that there is not, or the tensor does not have one bool per scope.
+        TypeError: it is neither names nor a tensor.
+    """
+    if isinstance(only, Tensor):
+        if only.dtype != torch.bool or tuple(only.shape) != (len(scopes),):
+            raise ValueError(
+                f"only is a tensor of {only.dtype} and shape {tuple(only.shape)}, expected torch.bool and "
+                f"{(len(scopes),)}: one per scope"
+            )
+        return only
+    if isinstance(only, str):
+        only = (only,)
+    if not isinstance(only, (list, tuple, set, frozenset)):
+        raise TypeError(f"only={arguments.shown(only)} must be scopes or a tensor of one bool per scope")
+    found = {index_of_scope("only", key, scopes) for key in only}
+    return tuple(i in found for i in range(len(scopes)))
+
+
+def _scope(
+    key: ScopeKey,
+    groups: Sequence[Any],
+    keys: Sequence[ScopeKey],
+    max_grad_norm: float | None,
+    nonfinite: str | None,
+) -> Scope:
+    """What a step needs of a scope: its groups' own options, or else the optimizer's."""
+    if key is not None:
+        own = shared_options(key, [group for group, of in zip(groups, keys, strict=True) if of == key])
+        max_grad_norm = own.get("max_grad_norm", max_grad_norm)
+        nonfinite = own.get("nonfinite", nonfinite)
+    skips = skips_nonfinite(nonfinite, max_grad_norm)
+    normed = skips or max_grad_norm is not None
+    joint = key is None
+    return Scope(max_grad_norm, skips, always=joint, by_own_norm=normed and not joint)
+
+
+def shared_options(key: ScopeKey, groups: Sequence[Any]) -> dict[str, Any]:
+    """What the groups of one scope say of it.
+
+    Raises:
+        ValueError: they say different things.
+    """
+    own: dict[str, Any] = {}
+    for group in groups:
+        for option in _OF_SCOPE:
+            if option in group and own.setdefault(option, group[option]) != group[option]:
+                raise ValueError(
+                    f"scope {key!r} has {option}={own[option]!r} in one group and {group[option]!r} in "
+                    "another: its groups are normed and clipped together"
+                )
+    return own
 
 
 def has_schedule(group: dict[str, Any]) -> bool:
@@ -272,9 +369,18 @@ def _check(index: int, group: dict[str, Any]) -> None:
     where = f"group {index}"
     try:
         arguments.hyperparameters(group)
-        arguments.max_grad_norm(group.get("max_grad_norm"))
+        _check_of_scope(group)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _check_of_scope(group: dict[str, Any]) -> None:
+    """A group's scope and what it says of it are what the constructor accepts, else ValueError."""
+    arguments.max_grad_norm(group.get("max_grad_norm"))
+    arguments.choice("nonfinite", group.get("nonfinite"), (None, "skip", "propagate"))
+    name = group.get("scope")
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ValueError(f"scope={arguments.shown(name)} must be a name, a string that is not empty")
 
 
 def _group_step(group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep:
@@ -323,7 +429,12 @@ def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: A
 
 
 def checked_group(
-    param_group: Any, defaults: dict[str, Any], schedule: Schedule | None, *, joint: bool
+    param_group: Any,
+    defaults: dict[str, Any],
+    schedule: Schedule | None,
+    others: Sequence[Any],
+    *,
+    joint: bool,
 ) -> dict[str, Any]:
     """A copy of a group that is to be added, with plain values, its schedule, peak and first rate.
 
@@ -331,11 +442,13 @@ def checked_group(
         param_group: what the caller passed.
         defaults: the optimizer's, for what the group does not say.
         schedule: that of a group that has none of its own.
-        joint: whether all groups share one norm.
+        others: the groups that there are.
+        joint: whether groups without a scope of their own share one norm.
 
     Raises:
         TypeError: it is no dict, or its schedule no `Schedule`.
-        ValueError: an option is out of range, or parameters are duplicate.
+        ValueError: an option is out of range, or not that of other groups of the scope, or parameters are
+            duplicate.
     """
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
@@ -348,13 +461,20 @@ def checked_group(
         arguments.duplicates(group["params"])
     checked = arguments.hyperparameters({**defaults, **group})
     group.update((name, value) for name, value in checked.items() if name in group)
+    _check_of_scope(group)
+    if group.get("scope") is None:
+        group.pop("scope", None)
+        for option in _OF_SCOPE if joint else ():
+            if option in group:
+                raise ValueError(
+                    f"{option}={group[option]!r} in a group needs groups='independent' or a scope of the "
+                    "group's own: joint groups share one norm"
+                )
     if "max_grad_norm" in group:
-        if joint:
-            raise ValueError(
-                f"max_grad_norm={group['max_grad_norm']!r} in a group needs groups='independent': "
-                "joint groups share one norm"
-            )
         group["max_grad_norm"] = arguments.max_grad_norm(group["max_grad_norm"])
+    if "scope" in group:
+        others = [other for other in others if other.get("scope") == group["scope"]]
+        shared_options(group["scope"], [*others, group])
     give_schedule(group, schedule, defaults["lr"])
     return group
 

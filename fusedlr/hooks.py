@@ -29,15 +29,15 @@ def wanted(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def around(optimizer: Optimizer, closure: Closure | None) -> Iterator[Closure | None]:
-    """Run the step hooks around a step, in a profiler range; gives the closure that they leave.
+def around(optimizer: Optimizer, closure: Closure | None, only: Any) -> Iterator[tuple[Closure | None, Any]]:
+    """Run the step hooks around a step, in a profiler range; gives the arguments of the step that they leave.
 
     Raises:
         RuntimeError: a pre-hook returns something else than None or `(args, kwargs)`.
     """
     with torch.autograd.profiler.record_function(f"Optimizer.step#{type(optimizer).__name__}.step"):
         args: tuple[Any, ...] = (optimizer,) if closure is None else (optimizer, closure)
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {} if only is None else {"only": only}
         before = torch_optimizer._global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks
         for hook in chain.from_iterable(hooks.values() for hooks in before if hooks):
             result = hook(optimizer, args, kwargs)
@@ -46,7 +46,7 @@ def around(optimizer: Optimizer, closure: Closure | None) -> Iterator[Closure | 
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result!r}")
             args, kwargs = result
-        yield args[1] if len(args) > 1 else kwargs.get("closure")
+        yield args[1] if len(args) > 1 else kwargs.get("closure"), kwargs.get("only")
         # where torch's profilers put their mark
         optimizer._optimizer_step_code()
         after = optimizer._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks

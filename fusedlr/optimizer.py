@@ -18,10 +18,14 @@ from fusedlr.eager import eager
 from fusedlr.groups import (
     Notes,
     ParamGroup,
+    ScopeKey,
     begin,
     checked_group,
+    chosen_scopes,
     has_schedule,
     lengthen,
+    scope_keys,
+    scopes_of,
     skips_nonfinite,
     warn_absolute,
 )
@@ -45,8 +49,10 @@ class FusedAdamW(Optimizer):
 
     Args:
         params: parameters, named parameters or dicts of param groups, as torch takes them. A group may have
-            its own `lr` (peak), `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`, `schedule`, and with
-            `groups="independent"` its own `max_grad_norm`.
+            its own `lr` (peak), `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`, `schedule`. Groups
+            with the same `scope`, a name, are an optimizer of their own, as one adapter of several is: they
+            are normed, clipped, skipped and counted together, and may have their own `max_grad_norm` and
+            `nonfinite`.
         lr: peak learning rate, >= 0. Without a schedule may be a tensor of one element, read on its device.
         betas: decay rates of the moments, in [0, 1).
         eps: added to the denominator, >= 0.
@@ -56,8 +62,9 @@ class FusedAdamW(Optimizer):
         max_grad_norm: clip to this L2 norm of all (unscaled) gradients, > 0; None does not clip.
         nonfinite: `"skip"` leaves everything as it was when a gradient is inf or nan; `"propagate"` is torch.
             Default: skip when `max_grad_norm` is set.
-        groups: `"joint"`: one norm and one decision to skip for all groups, as torch. `"independent"`: each
-            group is an optimizer of its own, and its schedule advances only when it had a gradient.
+        groups: of those without a scope. `"joint"`: one norm and one decision to skip for all, as torch.
+            `"independent"`: each is a scope of its own, with its own `max_grad_norm` and `nonfinite`, and its
+            schedule advances only when it had a gradient.
         amp_scaling: take part in `torch.amp.GradScaler`'s protocol for fused optimizers.
         state_dtype: None keeps fp32 moments for bf16 and fp16 parameters; `"param"` keeps them in the
             parameter's dtype, as torch.
@@ -124,6 +131,7 @@ class FusedAdamW(Optimizer):
             "state_dtype": state_dtype,
             "backend": backends.check_name(backend),
             "process_group": process_group,
+            "only": None,
         }
         self._notes = Notes()
         defaults = {
@@ -159,21 +167,35 @@ class FusedAdamW(Optimizer):
         self._planner = Planner(self._settings, self._notes, self._counts)
 
     @eager
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, only: Any = None) -> Any:
         """Unscale, clip, evaluate the schedule, update, count. Never copies anything to the host on a GPU.
 
         Args:
             closure: reevaluates the model and returns the loss; it runs before gradients are read.
+            only: scopes that may make the step, as `scopes` calls them; nothing moves in the others, and none
+                of their gradients is touched. Or a bool tensor of shape (scopes,), which is read on its
+                device: a captured step follows it at every replay. None: those of the attribute `only`, all
+                if that is None too.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
             RuntimeError: a gradient cannot be used; names the parameter. Nothing has been changed then.
+            ValueError: `only` names a scope that there is not.
+
+        >>> import fusedlr
+        >>> a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+        >>> groups = [{"params": [a], "scope": "first"}, {"params": [b], "scope": "second"}]
+        >>> optimizer = fusedlr.FusedAdamW(groups, lr=0.5, weight_decay=0)
+        >>> a.grad, b.grad = torch.ones(3), torch.ones(3)
+        >>> optimizer.step(only=["second"])
+        >>> a.tolist(), b.tolist()
+        ([1.0, 1.0, 1.0], [0.5, 0.5, 0.5])
         """
         hooked = hooks.wanted(self)
-        with hooks.around(self, closure) if hooked else hooks.NONE as left:
-            closure = left if hooked else closure
+        with hooks.around(self, closure, only) if hooked else hooks.NONE as left:
+            closure, only = left if left is not None else (closure, only)
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -182,7 +204,7 @@ class FusedAdamW(Optimizer):
                 planner, before = self._planner, self._counts.k
                 plan, groups = planner.plan, self.param_groups
                 try:
-                    signals = self._signals()
+                    signals = self._signals(only)
                     if plan is None or self._notes.changed or not plan.watch.unchanged(groups, self.state):
                         # None if this step was only to allocate the state
                         plan = planner.plan_for(groups, self.state, signals)
@@ -202,17 +224,40 @@ class FusedAdamW(Optimizer):
     # tells torch.optim.Optimizer that the hooks are dispatched here
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _signals(self) -> Signals:
+    def _signals(self, only: Any) -> Signals:
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is None and inf is None:
+        only = self._settings["only"] if only is None else only
+        if scale is None and inf is None and only is None:
             return NO_SIGNALS
-        return Signals(arguments.one_element("grad_scale", scale), arguments.one_element("found_inf", inf))
+        return Signals(
+            arguments.one_element("grad_scale", scale),
+            arguments.one_element("found_inf", inf),
+            only=None if only is None else chosen_scopes(only, self.scopes),
+        )
 
     @eager
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients: to None, or to zero in place."""
+    def zero_grad(self, set_to_none: bool = True, *, only: Any = None) -> None:
+        """Reset gradients: to None, or to zero in place.
+
+        `only`: the scopes whose gradients are reset; None: those of the attribute `only`, and all if that is
+        None or a tensor.
+
+        Raises:
+            ValueError: `only` names a scope that there is not, or is a tensor, which would have to be waited
+                for.
+        """
+        if isinstance(only, Tensor):
+            raise ValueError(
+                "zero_grad(only=...) takes the names of scopes, not a tensor: it would wait for it"
+            )
+        only = self._settings["only"] if only is None else only
+        groups = self.param_groups
+        if only is not None and not isinstance(only, Tensor):
+            keys, scopes = scope_keys(groups, joint=self._joint), self.scopes
+            chosen = {key for key, one in zip(scopes, chosen_scopes(only, scopes), strict=True) if one}
+            groups = [group for group, key in zip(groups, keys, strict=True) if key in chosen]
         grads = []
-        for group in self.param_groups:
+        for group in groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -234,12 +279,15 @@ class FusedAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its schedule starts at step 0, or with `"join": True` where the run is now.
 
-        The dict passed is copied.
+        A group that joins a scope that there is goes on where that scope is. The dict passed is copied.
 
         Raises:
             ValueError: an option is out of range or parameters are duplicate. Nothing has been added then.
         """
-        group = checked_group(param_group, self.defaults, self._settings["schedule"], joint=self._joint)
+        before = self.param_groups
+        group = checked_group(
+            param_group, self.defaults, self._settings["schedule"], before, joint=self._joint
+        )
         join = group.pop("join", False)
         super().add_param_group(group)
         self.param_groups[-1] = added = ParamGroup(group, self._notes)
@@ -251,7 +299,10 @@ class FusedAdamW(Optimizer):
             self._notes.changed = True
             self._counts.adopt(self.param_groups)
             if join:
-                self.param_groups[-1]["k"] = max(self._counts.read(self.param_groups))
+                keys = scope_keys(self.param_groups, joint=self._joint)
+                of_scope = keys[-1] in keys[:-1]
+                k = zip(self._counts.read(self.param_groups), keys, strict=True)
+                self.param_groups[-1]["k"] = max(n for n, key in k if not of_scope or key == keys[-1])
 
     def start_schedule(self, schedule: Schedule) -> None:
         """Begin `schedule` at its first update, in every group; moments and their step counts stay.
@@ -309,7 +360,8 @@ class FusedAdamW(Optimizer):
                 that of the gradients divided by it. None where they are not scaled, or unscaled already.
 
         Returns:
-            A new tensor: 0-dim, of shape (groups,) when groups are independent. 0 without gradients.
+            A new tensor: 0-dim where all groups are one joint scope, else of shape (scopes,). 0 without
+            gradients.
 
         Raises:
             RuntimeError: a gradient cannot be used; names the parameter. Or a CUDA graph is being captured.
@@ -325,7 +377,7 @@ class FusedAdamW(Optimizer):
         scale = arguments.one_element("grad_scale", grad_scale)
         with self._lock:
             norms = self._planner.measure(self.param_groups, self.state, scale)
-        return norms[0] if self._joint else norms[: len(self.param_groups)]
+        return norms[0] if self.scopes == (None,) else norms
 
     @property
     @eager
@@ -344,12 +396,17 @@ class FusedAdamW(Optimizer):
 
         Returns:
             `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef`
-            and `skipped` (steps) 0-dim, or of shape (groups,) when groups are independent.
+            and `skipped` (steps) 0-dim where all groups are one joint scope, else of shape (scopes,).
         """
         c = self._counts.counters
         shared = {"grad_norm": c.grad_norm, "coef": c.coef, "skipped": c.skipped}
-        if self._joint:
+        scopes = self._counts.scopes()
+        first = list(scopes.values())
+        if list(scopes) == [None]:
             shared = {name: value[0] for name, value in shared.items()}
+        elif first != list(range(c.k.numel())):
+            # one by one: an index list would be a copy from the host
+            shared = {name: torch.stack([value[i] for i in first]) for name, value in shared.items()}
         return {name: value.clone() for name, value in {"lr": c.lr, **shared, "step": c.k}.items()}
 
     @eager
@@ -357,13 +414,19 @@ class FusedAdamW(Optimizer):
         """`metrics` in plain numbers, as of the last copy that has reached the host; starts the next copy.
 
         Never waits: on a GPU these are the numbers as they stood at an earlier call, or at an earlier
-        `scheduler.step()`; called every step they are a few steps old. On the CPU they are current.
+        `scheduler.step()`; called every step they are a few steps old. On the CPU they are current. Under
+        `scopes` they have what the scopes are called.
         """
         self._counts.refresh()
-        values = self._counts.metrics
-        if self._joint:
-            return {k: list(v) if k in ("lr", "step") else v[0] for k, v in values.items()}
-        return {name: list(value) for name, value in values.items()}
+        scopes = self._counts.scopes()
+        found: dict[str, Any] = {}
+        for name, values in self._counts.metrics.items():
+            if name in ("lr", "step"):
+                found[name] = list(values)
+            else:
+                of_scopes = [values[i] for i in scopes.values()]
+                found[name] = of_scopes[0] if list(scopes) == [None] else of_scopes
+        return {**found, "scopes": tuple(scopes)}
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; groups with a schedule also carry it in plain numbers, with their step count.
@@ -500,6 +563,29 @@ class FusedAdamW(Optimizer):
         return self._settings["groups"]
 
     @property
+    def scopes(self) -> tuple[ScopeKey, ...]:
+        """What the scopes are called, in the order in which metrics, norms and tensors have them.
+
+        A scope's name; None for that of all groups without a name where these are joint, else the index of
+        the group.
+        """
+        return scopes_of(self.param_groups, joint=self._joint)
+
+    @property
+    def only(self) -> Any:
+        """The scopes that `step` and `zero_grad` take where they are told none, for wrappers that call them.
+
+        None is all. See `step`.
+        """
+        return self._settings["only"]
+
+    @only.setter
+    def only(self, value: Any) -> None:
+        if value is not None:
+            chosen_scopes(value, self.scopes)
+        self._settings["only"] = value if value is None or isinstance(value, (str, Tensor)) else tuple(value)
+
+    @property
     def _joint(self) -> bool:
         return self._settings["groups"] == "joint"
 
@@ -509,12 +595,13 @@ class FusedAdamW(Optimizer):
         return choose_backend(self.param_groups, self._settings["backend"]).name
 
     def __repr__(self) -> str:
-        """torch's listing of the groups, then what is fused, and the schedules that groups do not list."""
+        """torch's listing of the groups, then what is fused, and the scopes and schedules that it lacks."""
         fused = {"backend": self.backend, "max_grad_norm": self.max_grad_norm, "nonfinite": self.nonfinite}
         line = ", ".join(f"{name}={value}" for name, value in {**fused, "groups": self.groups}.items())
-        schedules = [
-            f"group {i}: {group['schedule']!r} of peak {group['initial_lr']:g}"
-            for i, group in enumerate(self.param_groups)
-            if has_schedule(group)
-        ]
-        return "\n".join([super().__repr__(), f"({line})", *schedules])
+        own = []
+        for i, group in enumerate(self.param_groups):
+            said = [f"scope {group['scope']!r}"] if "scope" in group else []
+            if has_schedule(group):
+                said.append(f"{group['schedule']!r} of peak {group['initial_lr']:g}")
+            own += [f"group {i}: {', '.join(said)}"] if said else []
+        return "\n".join([super().__repr__(), f"({line})", *own])

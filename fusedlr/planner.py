@@ -152,7 +152,7 @@ class Planner:
         # processes would have to agree that none of their gradients has changed
         alone = plan.layout is None
         self._measured = plan if alone and scale is None and self._settings["amp_scaling"] else None
-        return self._counts.counters.squares.sqrt()
+        return self._counts.counters.squares[: len(self._options.scopes)].sqrt()
 
     def is_measured(self, plan: Plan, signals: Signals) -> bool:
         """Whether the norm of the step under way has been computed already; asked once per step.
@@ -165,7 +165,8 @@ class Planner:
             check_capture(plan.groups)
             # every replay has gradients of its own
             return False
-        return measured is plan and signals is NO_SIGNALS and plan.watch.same_gradients()
+        unscaled = signals.grad_scale is None and signals.found_inf is None
+        return measured is plan and unscaled and plan.watch.same_gradients()
 
     def release(self) -> None:
         """Let go of the gradients, which the watch has kept alive during a step."""

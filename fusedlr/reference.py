@@ -129,6 +129,8 @@ class Scope:
     max_grad_norm: float | None
     skip_nonfinite: bool  # skip a step whose gradient norm is not finite
     always: bool
+    # whether it skips by its own norm alone, whatever a scaler has found in the gradients of other scopes
+    by_own_norm: bool = False
 
     @property
     def normed(self) -> bool:
@@ -145,11 +147,21 @@ class Signals:
         found_inf: anything but 0 where it found a gradient that is not finite.
         stepped: of shape (scopes,), not 0 where some process has a gradient of the scope; None where only
             the gradients of this process matter.
+        only: per scope whether it may make the step; a tensor, of shape (scopes,), is read on the device.
     """
 
     grad_scale: Tensor | float | None = None
     found_inf: Tensor | float | None = None
     stepped: Tensor | None = None
+    only: Tensor | tuple[bool, ...] | None = None
+
+    def allow(self, scope: int) -> bool:
+        """Whether a scope may make the step, as far as the host knows."""
+        return not isinstance(self.only, tuple) or self.only[scope]
+
+    def allowed_groups(self, groups: Sequence[GroupStep]) -> list[bool] | None:
+        """The same per group; None where all may."""
+        return [self.allow(group.scope) for group in groups] if isinstance(self.only, tuple) else None
 
 
 class Inputs(Protocol):
@@ -175,8 +187,8 @@ class Inputs(Protocol):
     def presence(self) -> int:
         """Another number whenever other rows have a gradient than in the step before."""
 
-    def increment_versions(self) -> None:
-        """Tell autograd that the parameters that have a gradient are written to."""
+    def increment_versions(self, groups: Sequence[bool] | None = None) -> None:
+        """Tell autograd that parameters with a gradient are written to: those of these groups, or all."""
 
 
 class Made(NamedTuple):
@@ -305,6 +317,7 @@ class ReferenceStepper:
         self._rows, self._counters, self._inputs = rows, counters, inputs
         self._groups: Sequence[GroupStep] = ()
         self._scopes: Sequence[Scope] = ()
+        self._last = Signals()
 
     def assign(self, groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> None:
         """Take new options."""
@@ -318,10 +331,14 @@ class ReferenceStepper:
     @torch.no_grad()
     def update(self, signals: Signals) -> None:
         """Decide, update and count."""
-        rates = self._inputs.rates
+        rates, self._last = self._inputs.rates, signals
         update_(self._rows, self._groups, self._scopes, self._counters, signals, rates)
         # parts were written to, which does not count as a write to what they are parts of
-        owners = [row.owner for row in self._rows if is_sharded(row.owner) and row.grad is not None]
+        owners = [
+            row.owner
+            for row in self._rows
+            if is_sharded(row.owner) and row.grad is not None and signals.allow(self._groups[row.group].scope)
+        ]
         if owners:
             torch.autograd.graph.increment_version(owners)
 
@@ -332,14 +349,16 @@ class ReferenceStepper:
 
     def active(self) -> list[bool]:
         """Per group whether its scope has made the last step."""
-        active = active_scopes(self._rows, self._groups, self._scopes)
+        active = active_scopes(self._rows, self._groups, self._scopes, self._last)
         return [active[group.scope] for group in self._groups]
 
 
-def active_scopes(rows: Sequence[Row], groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> list[bool]:
-    """Per scope whether it makes a step with the gradients that there are now."""
+def active_scopes(
+    rows: Sequence[Row], groups: Sequence[GroupStep], scopes: Sequence[Scope], signals: Signals
+) -> list[bool]:
+    """Per scope whether it makes a step with the gradients that there are now, as far as the host knows."""
     stepped = {groups[row.group].scope for row in rows if row.grad is not None}
-    return [scope.always or i in stepped for i, scope in enumerate(scopes)]
+    return [signals.allow(i) and (scope.always or i in stepped) for i, scope in enumerate(scopes)]
 
 
 def norm_(
@@ -353,7 +372,7 @@ def norm_(
     xp = counters.math
     factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
     for i, scope in enumerate(scopes):
-        if scope.normed:
+        if scope.normed and signals.allow(i):
             grads = [row.grad for row in rows if groups[row.group].scope == i and row.counted]
             counters.squares[i] = sum_of_squares([g for g in grads if g is not None], factor, xp)
 
@@ -373,25 +392,27 @@ def update_(
         groups: every param group in order.
         scopes: every scope.
         counters: of all groups; `k`, `skipped` and the values used are updated.
-        signals: the scaler's `grad_scale` and `found_inf`; any `found_inf` but 0, nan included, skips.
+        signals: the scaler's `grad_scale` and `found_inf`; any `found_inf` but 0, nan included, skips, but
+            for scopes that decide by their own norm. And which scopes may make the step.
         rates: per group the rate of a group without a schedule whose rate is a number.
     """
     xp = counters.math
-    here = active_scopes(rows, groups, scopes)
+    here = active_scopes(rows, groups, scopes, signals)
     for s, scope in enumerate(scopes):
-        # where another process may have a gradient of the scope, the device knows
-        active = None if scope.always or signals.stepped is None else xp.scalar(signals.stepped[s]) != 0
-        if active is None and not here[s]:
+        active = active_on_device(s, scope, signals, xp)
+        if not (here[s] if signals.stepped is None else signals.allow(s)):
             continue
-        skip = torch.zeros((), dtype=torch.bool, device=xp.device)
-        if signals.found_inf is not None:
-            skip = xp.scalar(signals.found_inf) != 0
+        no = torch.zeros((), dtype=torch.bool, device=xp.device)
+        found = no if signals.found_inf is None else xp.scalar(signals.found_inf) != 0
         # what multiplies every gradient; None rather than 1, so that untouched gradients cost nothing
         factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
         norm = xp.scalar(counters.squares[s]).sqrt() if scope.normed else xp.scalar(math.nan)
         coef = xp.scalar(1)
-        if scope.skip_nonfinite:
-            skip = skip | ~torch.isfinite(norm)
+        bad = ~torch.isfinite(norm) if scope.normed else no
+        if scope.by_own_norm:
+            skip = bad if scope.skip_nonfinite else bad & found
+        else:
+            skip = found | bad if scope.skip_nonfinite else found
         if scope.max_grad_norm is not None:
             coef = (scope.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
             factor = coef if factor is None else factor * coef
@@ -403,9 +424,10 @@ def update_(
                 lr = group.peak * xp.scalar(ratio)
             else:
                 lr = xp.scalar(rates[i] if group.lr is None else group.lr)
+            still = skip if active is None else skip | ~active
             for row in rows:
                 if row.group == i and row.grad is not None:
-                    adamw_(row, group, lr, factor, skip)
+                    adamw_(row, group, lr, factor, still)
             used = torch.stack([lr, norm, coef])
             made, skipped, in_row = ~skip, skip, (counters.skips_in_row[i] + 1) * skip
             if active is not None:
@@ -416,6 +438,17 @@ def update_(
             counters.k[i] += made
             counters.skipped[i] += skipped
             counters.skips_in_row[i] = in_row
+
+
+def active_on_device(index: int, scope: Scope, signals: Signals, xp: TensorMath) -> Tensor | None:
+    """Whether a scope makes the step, where only the device knows: other processes have gradients of it, or
+    a tensor says so. None where the host knows.
+    """
+    active = None if scope.always or signals.stepped is None else xp.scalar(signals.stepped[index]) != 0
+    if isinstance(signals.only, Tensor):
+        chosen = xp.scalar(signals.only[index]) != 0
+        active = chosen if active is None else active & chosen
+    return active
 
 
 def sum_of_squares(grads: Sequence[Tensor], factor: Tensor | None, xp: TensorMath) -> Tensor:

@@ -193,7 +193,7 @@ class ReducingStepper:
         squares[:count] = packed[:count]
         # a process that has failed has everybody skip the step; on a GPU nobody waits to hear of it
         found_inf = packed[count] + packed[count + 1]
-        return self._stepper.update(Signals(signals.grad_scale, found_inf, packed[count + 2 :]))
+        return self._stepper.update(Signals(signals.grad_scale, found_inf, packed[count + 2 :], signals.only))
 
     def active(self) -> Sequence[bool]:
         """Per group whether its scope has made the last step, as far as this process knows."""
@@ -242,5 +242,6 @@ def tell_failure(
     if norm_alone:
         layout.add(squares.new_full((len(scopes),), math.nan))
     elif travels(scopes, signals):
-        nothing = squares.new_zeros(len(scopes))
-        layout.add(pack(nothing, signals, nothing, failed=True))
+        # the norms become nan, for scopes that decide by these alone
+        nans, none = squares.new_full((len(scopes),), math.nan), squares.new_zeros(len(scopes))
+        layout.add(pack(nans, signals, none, failed=True))

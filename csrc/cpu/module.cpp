@@ -43,8 +43,8 @@ Group make_group(std::shared_ptr<const Schedule<double>> schedule, double peak, 
     return {schedule, peak, b1, b2, eps, weight_decay, maximize, scope};
 }
 
-Scope make_scope(std::optional<double> max_grad_norm, bool skip_nonfinite, bool always) {
-    return {bool(max_grad_norm), max_grad_norm.value_or(0), skip_nonfinite, always};
+Scope make_scope(std::optional<double> max_grad_norm, bool skip_nonfinite, bool always, bool by_own_norm) {
+    return {bool(max_grad_norm), max_grad_norm.value_or(0), skip_nonfinite, always, by_own_norm};
 }
 
 const Kernel& kernel_for(const std::string& isa) {
@@ -112,14 +112,16 @@ py::tuple report(const Stepper& stepper) {
 // Returns the report of an update, None of a norm alone.
 py::object run(Stepper& stepper, int stages, uintptr_t gradients, uintptr_t rates,
                std::optional<double> grad_scale, bool found_inf, int threads,
-               std::optional<std::vector<bool>> stepped) {
-    if (stepped && stepped->size() != stepper.scopes())
-        throw std::invalid_argument("there is an entry per scope");
+               std::optional<std::vector<bool>> stepped, std::optional<std::vector<bool>> only) {
+    for (const auto* flags : {&stepped, &only})
+        if (*flags && (*flags)->size() != stepper.scopes())
+            throw std::invalid_argument("there is an entry per scope");
     {
         const py::gil_scoped_release release;
         stepper.run(stages, {reinterpret_cast<const uintptr_t*>(gradients),
                              reinterpret_cast<const double*>(rates), grad_scale ? 1 / *grad_scale : 1,
-                             found_inf, threads, stepped ? std::move(*stepped) : std::vector<bool>()});
+                             found_inf, threads, std::move(stepped).value_or(std::vector<bool>()),
+                             std::move(only).value_or(std::vector<bool>())});
     }
     if (stages & kUpdate) return report(stepper);
     return py::none();
@@ -142,7 +144,8 @@ PYBIND11_MODULE(_cpu, module) {
         .def(py::init(&make_group), py::arg("schedule"), py::arg("peak"), py::arg("b1"), py::arg("b2"),
              py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("scope"));
     py::class_<Scope>(module, "Scope")
-        .def(py::init(&make_scope), py::arg("max_grad_norm"), py::arg("skip_nonfinite"), py::arg("always"));
+        .def(py::init(&make_scope), py::arg("max_grad_norm"), py::arg("skip_nonfinite"), py::arg("always"),
+             py::arg("by_own_norm"));
     py::class_<Stepper>(module, "Stepper")
         .def(py::init(&make_stepper), py::arg("isa"), py::arg("group_of"), py::arg("params"),
              py::arg("state_types"), py::arg("sizes"), py::arg("p"), py::arg("states"), py::arg("t"),

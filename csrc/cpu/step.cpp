@@ -72,7 +72,7 @@ void Stepper::run(int stages, const Inputs& inputs) {
             Chunk& chunk = chunks_[c];
             const uintptr_t gradient = inputs.gradients[chunk.row];
             chunk.squares = 0;
-            if (gradient && normed(chunk))
+            if (gradient && squares_needed(chunk))
                 chunk.squares = tensors_[chunk.row].sum_of_squares(span(chunk, gradient), inputs.unscale);
         }
     };
@@ -112,12 +112,13 @@ void Stepper::run(int stages, const Inputs& inputs) {
     }
 }
 
-// A scope makes the step if one of its tensors has a gradient, or if it always does.
+// A scope that may make the step does if one of its tensors has a gradient, or if it always does.
 void Stepper::begin(const Inputs& inputs) {
     for (size_t s = 0; s < scopes_.size(); ++s)
         active_[s] = scopes_[s].always || (!inputs.stepped.empty() && inputs.stepped[s]);
     for (size_t i = 0; i < rows_.size(); ++i)
         if (inputs.gradients[i]) active_[groups_[rows_[i].group].scope] = true;
+    for (size_t s = 0; s < inputs.only.size(); ++s) active_[s] &= inputs.only[s];
 }
 
 // The order is that of the chunks, whichever thread has squared them.
@@ -137,7 +138,9 @@ void Stepper::decide(const Inputs& inputs) {
         const Scope& scope = scopes_[s];
         norm_[s] =
             scope.normed() ? std::sqrt(counters_.squares[s]) : std::numeric_limits<double>::quiet_NaN();
-        skip_[s] = inputs.found_inf || (scope.skip_nonfinite && !std::isfinite(norm_[s]));
+        const bool bad = !std::isfinite(norm_[s]);
+        skip_[s] = scope.by_own_norm ? bad && (scope.skip_nonfinite || inputs.found_inf)
+                                     : inputs.found_inf || (scope.skip_nonfinite && bad);
         coef_[s] = 1;
         if (scope.clip) {
             coef_[s] = scope.max_grad_norm / (norm_[s] + kClipEps);

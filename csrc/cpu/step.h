@@ -41,7 +41,7 @@ struct Group {
 struct Scope {
     bool clip;
     double max_grad_norm;  // where clip
-    bool skip_nonfinite, always;
+    bool skip_nonfinite, always, by_own_norm;
 
     bool normed() const { return clip || skip_nonfinite; }
 };
@@ -55,6 +55,8 @@ struct Inputs {
     int threads;
     // whether each scope has a gradient somewhere; empty where only those of this process matter
     std::vector<bool> stepped;
+    // whether each scope may make the step; empty where all may
+    std::vector<bool> only;
 };
 
 // the stages that a call makes: the sums of squares of all scopes that need a norm, and all that follows
@@ -113,7 +115,10 @@ class Stepper {
     void begin(const Inputs& inputs);
     void add_squares();
     void decide(const Inputs& inputs);
-    bool normed(const Chunk& chunk) const { return scopes_[groups_[rows_[chunk.row].group].scope].normed(); }
+    bool squares_needed(const Chunk& chunk) const {
+        const size_t scope = groups_[rows_[chunk.row].group].scope;
+        return active_[scope] && scopes_[scope].normed();
+    }
     Span span(const Chunk& chunk, uintptr_t gradient) const;
     size_t first_chunk(int64_t element) const;
 

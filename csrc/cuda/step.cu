@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffff;
+// slots of a scope that one warp adds up: 2 per lane
+constexpr int64_t kWarpSlots = 64;
 // what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 constexpr float kClipEps = 1e-6f;
 
@@ -106,7 +108,9 @@ __device__ Decision decide(const Step& step, int64_t scope) {
     float coef = limit / (norm + kClipEps);
     if (coef > 1 || limit != limit) coef = 1;
     // anything but 0, nan included
-    const bool skip = *step.found_inf != 0 || (ints.skip_nonfinite && !isfinite(norm));
+    const bool found = *step.found_inf != 0, bad = !isfinite(norm);
+    const bool skip =
+        ints.by_own_norm ? bad && (ints.skip_nonfinite || found) : found || (ints.skip_nonfinite && bad);
     return {norm, coef, skip};
 }
 
@@ -256,20 +260,25 @@ __device__ float sum_slots(const float* partials, int64_t first, int64_t last, i
     return sum;
 }
 
-// the sums of squares of all scopes, from those of their chunks
+// The sums of squares of all scopes, from those of their chunks. In which order depends on a scope's own
+// slots alone, so that its bits are the same whatever other scopes there are.
 __device__ void finish_squares(const Step& step) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    // a single scope has all slots
-    if (step.scopes == 1) {
-        const float sum = block_sum(sum_slots(step.partials, threadIdx.x, step.programs, kThreads));
-        if (threadIdx.x == 0) step.squares[0] = sum;
-        return;
-    }
-    // of several scopes, each has a warp
+    // scopes of few slots have a warp each
     for (int32_t scope = warp; scope < step.scopes; scope += kThreads / kWarp) {
         const ScopeInts& ints = scope_ints(step)[scope];
+        if (ints.last_slot - ints.first_slot > kWarpSlots) continue;
         const float sum = warp_sum(sum_slots(step.partials, ints.first_slot + lane, ints.last_slot, kWarp));
         if (lane == 0) step.squares[scope] = sum;
+    }
+    // others have all threads, one after the other
+    for (int32_t scope = 0; scope < step.scopes; ++scope) {
+        const ScopeInts& ints = scope_ints(step)[scope];
+        if (ints.last_slot - ints.first_slot <= kWarpSlots) continue;
+        __syncthreads();
+        const int64_t first = ints.first_slot + int64_t(threadIdx.x);
+        const float sum = block_sum(sum_slots(step.partials, first, ints.last_slot, kThreads));
+        if (threadIdx.x == 0) step.squares[scope] = sum;
     }
 }
 
@@ -291,11 +300,13 @@ __device__ void count_step(const Launch<N>& launch) {
         // lanes read addresses that a launch carries one after the other: only where they must
         if (step.some_missing && !gradient_of(launch, i)) continue;
         const TensorRow& row = step.tensors[i];
-        if (!decide(step, step.group_ints[row.group].scope).skip) *pointer<float>(uint64_t(row.step)) += 1;
+        const int64_t scope = step.group_ints[row.group].scope;
+        if (step.active[scope] && !decide(step, scope).skip) *pointer<float>(uint64_t(row.step)) += 1;
     }
 }
 
-// what holds for a chunk, found out by one thread; row is null where nothing is to be updated
+// what holds for a chunk, found out by one thread; row is null where nothing is to be updated. A scope that
+// does not make the step is skipped, and reports nothing
 __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow* row,
                         Scalars<float>& scalars, bool& skip) {
     // all that can be read at once is on its way before anything is computed
@@ -303,16 +314,16 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
     const GroupFloats floats = step.group_floats[chunk.group];
     const float given = step.rates[chunk.group];
     const int64_t k = step.counts[chunk.group];
-    const bool reports = chunk.first_of_group && step.active[chunk.scope];
+    const bool active = step.active[chunk.scope];
     const float scale = *step.grad_scale;
     const float t = row ? *pointer<const float>(uint64_t(row->step)) : 0;
     const Decision decision = decide(step, chunk.scope);
     const float lr = lr_at(step, ints, floats, given, k);
-    if (reports) {
+    if (active && chunk.first_of_group) {
         float* const used = step.used + chunk.group;
         used[0] = lr, used[step.groups] = decision.norm, used[2 * step.groups] = decision.coef;
     }
-    skip = decision.skip;
+    skip = decision.skip || !active;
     if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);
 }
 
@@ -328,7 +339,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     // a replay of tensors that are gone: all blocks of the step see the same
     if (*step.generation != step.made_for) return;
     const Place at = place(launch, chunk);
-    const int count = scope_ints(step)[chunk.scope].normed ? int(at.count) : 0;
+    // nothing of a scope that does not make the step is read
+    const int count = scope_ints(step)[chunk.scope].normed && step.active[chunk.scope] ? int(at.count) : 0;
     const int wide = count ? wide_elements(at, at.gradient, kEach) : 0;
     const P* const g = pointer<const P>(at.gradient) + at.begin;
     const float factor = 1 / *step.grad_scale;

@@ -18,7 +18,7 @@ PYBIND11_MODULE(_host, module) {
         .def("unchanged", &Watch::unchanged)
         .def("remember_gradients", &Watch::remember_gradients)
         .def("same_gradients", &Watch::same_gradients)
-        .def("increment_versions", &Watch::increment_versions)
+        .def("increment_versions", &Watch::increment_versions, py::arg("groups") = py::none())
         .def("release", &Watch::release)
         .def_property_readonly("gradients", &Watch::gradients)
         .def_property_readonly("rates", &Watch::rates)

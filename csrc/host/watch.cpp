@@ -60,7 +60,7 @@ Watch::Watch(const py::list& groups, const py::dict& state, const py::list& para
         return found != row_of.end() && found->first == param ? found->second : -1;
     };
     for (const py::handle group : groups) {
-        groups_.push_back({group.ptr(), {}, is_number(py::object(group["lr"]).ptr())});
+        groups_.push_back({group.ptr(), {}, is_number(py::object(group["lr"]).ptr()), 0});
         for (const py::handle param : py::list(group["params"]))
             groups_.back().params.push_back({param.ptr(), find(param.ptr())});
     }
@@ -147,6 +147,7 @@ bool Watch::unchanged(const py::object& groups, const py::object& state) try {
             PyObject* const p = PyList_GET_ITEM(params, Py_ssize_t(j));
             if (p != before[j].object || !note_gradient(p, before[j].row)) return false;
         }
+        groups_[i].written_end = PyList_GET_SIZE(written_.ptr());
     }
     return same_state(state.ptr());
 } catch (py::error_already_set& error) {
@@ -245,8 +246,17 @@ bool Watch::same_gradients() const try {
     return false;
 }
 
-void Watch::increment_versions() const {
-    PyObject* const result = PyObject_CallOneArg(torch().increment_version, written_.ptr());
+void Watch::increment_versions(const std::optional<std::vector<bool>>& groups) const {
+    py::list written = written_;
+    if (groups) {
+        if (groups->size() != groups_.size()) throw std::invalid_argument("there is an entry per group");
+        written = py::list();
+        Py_ssize_t i = 0;
+        for (size_t j = 0; j < groups_.size(); ++j)
+            for (; i < groups_[j].written_end; ++i)
+                if ((*groups)[j]) written.append(py::handle(PyList_GET_ITEM(written_.ptr(), i)));
+    }
+    PyObject* const result = PyObject_CallOneArg(torch().increment_version, written.ptr());
     if (!result) throw py::error_already_set();
     Py_DECREF(result);
 }

@@ -12,6 +12,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "torch_access.h"
@@ -49,8 +50,9 @@ class Watch {
     void remember_gradients();
     bool same_gradients() const;
 
-    // tells autograd that the step writes to its parameters: a backward through older values then raises
-    void increment_versions() const;
+    // tells autograd that the step writes to its parameters, of these groups or of all: a backward through
+    // older values then raises
+    void increment_versions(const std::optional<std::vector<bool>>& groups) const;
     // lets go of the tensors
     void release();
 
@@ -71,6 +73,7 @@ class Watch {
         PyObject* object;  // never followed unless the list of groups holds the same pointer now
         std::vector<Param> params;
         bool rate_is_number;
+        Py_ssize_t written_end;  // one past its last parameter in written_
     };
     struct Row {
         Meta param, grad;

@@ -68,6 +68,7 @@ class CpuStepper:
         self._given_rates = array("d")
         self._groups: Sequence[GroupStep] = ()
         self._scopes: Sequence[Scope] = ()
+        self._last = Signals()
         states = [row.state for row in rows]
         self._compiled = compiled.cpu.Stepper(
             isa=isa(),
@@ -90,7 +91,10 @@ class CpuStepper:
         self._rates = [(i, group.lr) for i, group in enumerate(groups) if group.lr is not None]
         self._compiled.assign(
             [_group(group) for group in groups],
-            [compiled.cpu.Scope(s.max_grad_norm, s.skip_nonfinite, s.always) for s in scopes],
+            [
+                compiled.cpu.Scope(scope.max_grad_norm, scope.skip_nonfinite, scope.always, scope.by_own_norm)
+                for scope in scopes
+            ],
         )
 
     def norm(self, signals: Signals) -> None:
@@ -100,18 +104,22 @@ class CpuStepper:
 
     def update(self, signals: Signals) -> Made:
         """Decide, update and count."""
-        self._inputs.increment_versions()
-        return Made(*self._compiled.run(compiled.cpu.UPDATE, *self._given(signals)))
+        return self._written(compiled.cpu.UPDATE, signals)
 
     def step(self, signals: Signals) -> Made:
         """Both stages in one parallel region."""
-        self._inputs.increment_versions()
-        return Made(*self._compiled.run(compiled.cpu.NORM | compiled.cpu.UPDATE, *self._given(signals)))
+        return self._written(compiled.cpu.NORM | compiled.cpu.UPDATE, signals)
 
     def active(self) -> list[bool]:
         """Per group whether its scope has made the last step."""
-        active = reference.active_scopes(self._rows, self._groups, self._scopes)
+        active = reference.active_scopes(self._rows, self._groups, self._scopes, self._last)
         return [active[group.scope] for group in self._groups]
+
+    def _written(self, stages: int, signals: Signals) -> Made:
+        """Run stages that write to the parameters."""
+        self._last = signals
+        self._inputs.increment_versions(signals.allowed_groups(self._groups))
+        return Made(*self._compiled.run(stages, *self._given(signals)))
 
     def _given(self, signals: Signals) -> tuple[Any, ...]:
         """What the compiled stages are given anew at every step."""
@@ -122,7 +130,7 @@ class CpuStepper:
             for i, lr in self._rates:
                 self._given_rates[i] = lr.item()
             rates = self._given_rates.buffer_info()[0]
-        scale, inf, stepped = signals.grad_scale, signals.found_inf, signals.stepped
+        scale, inf, stepped, only = signals.grad_scale, signals.found_inf, signals.stepped, signals.only
         return (
             inputs.gradients_at,
             rates,
@@ -130,6 +138,7 @@ class CpuStepper:
             inf is not None and float(inf) != 0,
             torch.get_num_threads(),
             None if stepped is None else [x != 0 for x in stepped.tolist()],
+            [x != 0 for x in only.tolist()] if isinstance(only, Tensor) else only,
         )
 
 

@@ -44,9 +44,12 @@ class StepInputs:
         """Per group the rate that is given as a number, nan where it is a tensor."""
         return self._rates.tolist()
 
-    def increment_versions(self) -> None:
-        """Tell autograd that the parameters that have a gradient are written to."""
-        torch.autograd.graph.increment_version([row.owner for row in self._rows if row.grad is not None])
+    def increment_versions(self, groups: Sequence[bool] | None = None) -> None:
+        """Tell autograd that parameters with a gradient are written to: those of these groups, or all."""
+        written = [
+            row.owner for row in self._rows if row.grad is not None and (groups is None or groups[row.group])
+        ]
+        torch.autograd.graph.increment_version(written)
 
 
 class CountedGradients:
@@ -102,11 +105,11 @@ class CopyingStepper:
 
     def update(self, signals: Signals) -> Made | None:
         """Decide, update and count."""
-        return self._run(lambda stepper: stepper.update(signals))
+        return self._run(signals, lambda stepper: stepper.update(signals))
 
     def step(self, signals: Signals) -> Made | None:
         """Both stages in one."""
-        return self._run(lambda stepper: stepper.step(signals))
+        return self._run(signals, lambda stepper: stepper.step(signals))
 
     def active(self) -> Sequence[bool]:
         """Per group whether its scope has made the last step."""
@@ -125,11 +128,11 @@ class CopyingStepper:
         return ordered, stepper
 
     @torch.no_grad()
-    def _run(self, stage: Callable[[Stepper], Made | None]) -> Made | None:
+    def _run(self, signals: Signals, stage: Callable[[Stepper], Made | None]) -> Made | None:
         ordered, stepper = self._on_copies()
         made = stage(stepper)
         self._active = stepper.active()
-        self._inputs.increment_versions()
+        self._inputs.increment_versions(signals.allowed_groups(self._groups))
         copy_back(self._rows, ordered)
         return made
 

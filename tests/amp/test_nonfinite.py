@@ -167,8 +167,9 @@ def test_independent_groups_skip_alone(device, backend):
     assert spoiled.last_metrics()["skipped"] == [1, 0]
 
 
-def test_a_scalers_flag_skips_all_independent_groups_that_had_gradients(device, backend):
+def test_a_scalers_flag_skips_all_independent_groups_without_a_norm_that_had_gradients(device, backend):
     optimizer = independent(device, backend)
+    optimizer.max_grad_norm = optimizer.param_groups[1]["max_grad_norm"] = None
     set_grads(optimizer, 0)
     for p in optimizer.param_groups[1]["params"]:
         p.grad = None

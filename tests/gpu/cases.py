@@ -186,6 +186,40 @@ def _some_without(optimizer: Any, k: int, params: list[Tensor]) -> None:
         params[-1].grad = None
 
 
+def _adapters(make: Make) -> list[dict[str, Any]]:
+    """Three scopes of two groups each, and the joint one."""
+    return [
+        {"params": [make(n), make(m)], "scope": name, "lr": lr, "max_grad_norm": limit}
+        for n, m, name, lr, limit in (
+            (5, 4100, "a", 0.01, 0.5),
+            (7, 100, "b", 0.02, 1.0),
+            (1023, 8, "a", 0.03, 0.5),
+            (64, 3, "b", 0.04, 1.0),
+            (9, 33, "c", 0.05, None),
+        )
+    ] + [{"params": [make(12)]}]
+
+
+def _one_after_the_other(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    optimizer.only = (("a",), ("b", None), None, (), ("a", "c"), ("b",))[k]
+    if k == 1:
+        # of a scope that does not step
+        params[0].grad.fill_(math.nan)
+    if k == 4:
+        params[4].grad.fill_(math.inf)
+
+
+def _chosen_on_the_device(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    flags = ((1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 0, 0))[k]
+    optimizer.only = torch.tensor([flag != 0 for flag in flags], device=params[0].device)
+
+
+def _scaled_scopes(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    _scaler((64.0, 64.0, 64.0), (0.0, 1.0, 1.0))(optimizer, k, params)
+    if k == 1:
+        params[1].grad[3] = math.inf
+
+
 def _no_gradient(*steps: int) -> Before:
     def before(optimizer: Any, k: int, params: list[Tensor]) -> None:
         for p in params:
@@ -249,6 +283,13 @@ GPU_CASES |= {
         ],
         {"schedule": None, **CLIP, "lr": torch.tensor(0.02)},
     ),
+    "scopes one after the other": GpuCase(_adapters, CLIP, 6, _one_after_the_other),
+    "scopes chosen on the device": GpuCase(_adapters, CLIP, 4, _chosen_on_the_device),
+    "scopes that lose their gradients": GpuCase(_adapters, CLIP, 3, _some_without),
+    "scopes under a scaler": GpuCase(_adapters, CLIP, 3, _scaled_scopes, grad_size=64.0),
+    "scopes under a scaler that propagate": GpuCase(
+        _adapters, {**CLIP, "nonfinite": "propagate"}, 3, _scaled_scopes, grad_size=64.0
+    ),
     "mixed": GpuCase(_mixed(), CLIP, 4, _SCALED),
     "mixed, 16-bit moments, independent": GpuCase(
         _mixed(max_grad_norm=0.5), {"groups": "independent", "state_dtype": "param"}, 4, _first_scope_is_inf
@@ -278,8 +319,12 @@ def _after(updates: int) -> Before:
     return before
 
 
-def _many(count: int, *more: int, **limits: float) -> Callable[[Make], list[dict[str, Any]]]:
-    return lambda make: [{"params": [make(1 + i % 3) for i in range(n)], **limits} for n in (count, *more)]
+def _many(
+    count: int, *more: int, dtype: torch.dtype = F32, **limits: float
+) -> Callable[[Make], list[dict[str, Any]]]:
+    return lambda make: [
+        {"params": [make(1 + i % 3, dtype) for i in range(n)], **limits} for n in (count, *more)
+    ]
 
 
 def _of_all_types(amsgrad: bool) -> Callable[[Make], list[dict[str, Any]]]:
@@ -313,6 +358,9 @@ GPU_CASES |= {
     # scopes that end anywhere in a round of lanes, and more chunks than a round of unrolled loads
     "scopes of many chunks": GpuCase(
         _many(276, 148, max_grad_norm=0.1), {"groups": "independent"}, 2, large=True
+    ),
+    "bf16, scopes of many chunks": GpuCase(
+        _many(66, 70, dtype=BF16, max_grad_norm=0.1), {"groups": "independent"}, 1, large=True
     ),
     **{f"{n} groups": GpuCase(_many(*range(1, n + 1)), CLIP, 2) for n in (2, 3, 4)},
     # more than a block has threads, of as many tensors as the smaller launch of CUDA carries

@@ -45,7 +45,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Graph], Any]:
 
         def recorder(stepper: Any, signals: Any) -> Any:
             launcher, given = current(stepper, signals)
-            rows = 0 if stepper._in_table else len(stepper._inputs.gradients)
+            rows = 0 if stepper._in_table else len(stepper._arguments._inputs.gradients)
             return Recorder(graph, launcher, rows), given
 
         with monkeypatch.context() as patch:
@@ -287,9 +287,11 @@ def test_two_captures_without_a_step_between(gpu_backend: str, capture: Any) -> 
 
 
 def test_a_gradient_that_is_back_in_the_capture_is_refused(gpu_backend: str, capture: Any) -> None:
-    optimizer = make(gpu_backend, groups="independent")
+    optimizer, other = (make(gpu_backend, groups="independent") for _ in range(2))
+    other.step()
+    # there is state, so that the tensors stay the same when their first gradients come
+    optimizer.load_state_dict(other.state_dict())
     p, q = optimizer.param_groups[0]["params"]
-    optimizer.step()
     kept, p.grad, q.grad = (p.grad, q.grad), None, None
     optimizer.step()
     p.grad, q.grad = kept

@@ -253,16 +253,17 @@ def test_only_which_scopes_step_is_uploaded_when_gradients_come_and_go(
     for p in optimizer.param_groups[1]["params"]:
         p.grad = None
     optimizer.step()
-    expected = {id(graphs.active)} | ({id(graphs.gradients)} if gpu_backend == "triton" else set())
-    assert {id(table) for table, _ in uploads} == expected and len(uploads) == len(expected)
-    assert graphs.active.tensor.tolist() == [1, 0]
+    flags = [table.tensor.tolist() for table, _ in uploads if table is not graphs.gradients]
+    assert flags == [[1, 0]] and len(uploads) == 1 + (gpu_backend == "triton")
     # nothing of a scope that made no step has moved
     assert torch.equal(optimizer._counts.counters.used[:, 1], used)
     assert optimizer._counts.counters.k[1].item() == k
     for p, grad in zip(all_params(optimizer), static, strict=True):
         p.grad = grad
     optimizer.step()
-    assert graphs.active.tensor.tolist() == [1, 1] and optimizer._counts.counters.k[1].item() == k + 1
+    # which was uploaded at the first step
+    assert len(uploads) == 1 + 2 * (gpu_backend == "triton")
+    assert optimizer._counts.counters.k[1].item() == k + 1
 
 
 def test_a_gradient_that_is_missing_from_one_group_of_a_scope_changes_no_table(

@@ -30,6 +30,7 @@ class Kernel:
     tails: str
     off_alignment: str  # by 8 bytes, where 16 are needed
     stale: tuple[torch.dtype, dict[str, Any]]  # type and options with which it makes the first launch
+    scopes: str  # of more slots than a warp adds up
     symbol: str = r"\w+"  # among the kernels of the text
 
 
@@ -44,19 +45,21 @@ class Fault:
     edit: driver.Edit
 
 
-_FP32 = "fp32", "fp32, tails", "fp32, gradients off by 8 bytes", (F32, CLIP)
+_FP32 = "fp32", "fp32, tails", "fp32, gradients off by 8 bytes", (F32, CLIP), "scopes of many chunks"
 _TOPS = (
     "fp32, amsgrad",
     "fp32, amsgrad",
     "fp32, amsgrad, gradients off by 8 bytes",
     (F32, {**CLIP, "amsgrad": True}),
+    "scopes of many chunks",
 )
-_BF16 = "bf16", "bf16, tails", "bf16, gradients off by 8 bytes", (BF16, CLIP)
+_BF16 = "bf16", "bf16, tails", "bf16, gradients off by 8 bytes", (BF16, CLIP), "bf16, scopes of many chunks"
 _SMALL = (
     "bf16, 16-bit moments",
     "bf16, 16-bit moments, tails",
     "bf16, 16-bit moments, gradients off by 8 bytes",
     (BF16, {**CLIP, "state_dtype": "param"}),
+    "bf16, scopes of many chunks",
 )
 KERNELS = {
     "cuda": (
@@ -135,7 +138,8 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tup
     for n in range(groups):
         # what counts stale launches is the only code with a barrier before the alignment is looked at
         early = backend == "triton" and kernel.name.startswith("step") and n == 0
-        yield f"barrier {n + 1} of {groups} left out", () if early else (kernel.case,), put(group, "\n", n)
+        cases = (kernel.case, kernel.scopes) if kernel.name.startswith("norm") else (kernel.case,)
+        yield f"barrier {n + 1} of {groups} left out", () if early else cases, put(group, "\n", n)
     if backend == "cuda":
         yield "no fence before the ticket", (kernel.case,), put(_FENCE, "")
         yield "no fence behind the last ticket", (kernel.case,), put(_FENCE, "", 1)

@@ -198,7 +198,9 @@ class Machine(RuleBasedStateMachine):
             active = bool(params) or not self.independent
             first = self.groups[scope[0]]
             norm = torch.nn.utils.get_total_norm([p.grad for p in params]) if params else torch.zeros(())
-            skip = found_inf or (self.skips(first) and not norm.isfinite())
+            # an independent group that has a norm decides by it alone
+            decides = self.independent and self.skips(first)
+            skip = (found_inf and not decides) or (self.skips(first) and not norm.isfinite())
             if not skip and self.limit_of(first) is not None:
                 torch.nn.utils.clip_grad_norm_(params, self.limit_of(first))
             for i in scope:

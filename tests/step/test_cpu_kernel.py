@@ -428,7 +428,7 @@ def test_tensors_that_do_not_follow_their_groups_are_refused(group_of):
 
 def test_options_of_other_groups_and_scopes_are_refused():
     step = CompiledStep()
-    stepper, scope = step.stepper(), compiled.cpu.Scope(None, False, True)
+    stepper, scope = step.stepper(), compiled.cpu.Scope(None, False, True, False)
     with pytest.raises(ValueError, match="the number of groups has changed"):
         stepper.assign([compiled_group(0)], [scope])
     with pytest.raises(ValueError, match="a group's scope does not exist"):

@@ -51,7 +51,7 @@ EDITS = {
     "skipped step counts for the bias": ("t = row.step + ~skip", "t = row.step + 1"),
     "skip only at 1": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) == 1"),
     "skip only above 0": ("xp.scalar(signals.found_inf) != 0", "xp.scalar(signals.found_inf) > 0"),
-    "inf is applied": ("skip = skip | ~torch.isfinite(norm)", "skip = skip | torch.isnan(norm)"),
+    "inf is applied": ("bad = ~torch.isfinite(norm)", "bad = torch.isnan(norm)"),
     "norm of scaled gradients": ("if g is not None], factor, xp)", "if g is not None], None, xp)"),
     "scaled gradients": ("factor = coef if factor is None else factor * coef", "factor = coef"),
     "skip by a product": (
@@ -63,8 +63,8 @@ EDITS = {
 # right numbers, but the host waits for the device
 SYNCS = {
     "host decides to skip": (
-        "skip = skip | ~torch.isfinite(norm)",
-        "skip = skip | torch.full_like(skip, not math.isfinite(norm.item()))",
+        "bad = ~torch.isfinite(norm)",
+        "bad = torch.full_like(no, not math.isfinite(norm.item()))",
     ),
 }
 

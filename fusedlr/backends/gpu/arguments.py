@@ -74,9 +74,9 @@ class StepArguments:
         self._rate_tensors: list[tuple[int, Tensor]] = []
         self._rate_addresses: list[int] = []
         self._copied_rates = torch.empty(0)
-        # `Inputs.presence` of the gradients by which scopes are active
+        # per scope whether it makes the step with the gradients of this `Inputs.presence`
         self._presence: int | None = None
-        self._active = torch.empty(0)
+        self._ready: list[bool] = []
         self.active_groups: list[bool] = []
         self._options_changed = True
         self._made_from: Any = None
@@ -118,7 +118,7 @@ class StepArguments:
         graphs, scale, inf = self._graphs, signals.grad_scale, signals.found_inf
         new = NewArguments(
             gradients=graphs.gradients.put_for_graph(self._addresses(norm)) if table else None,
-            active=self._active if signals.stepped is None else self._active_by(signals.stepped),
+            active=self._active(signals),
             grad_scale=graphs.one if scale is None else self._fp32(scale),
             found_inf=graphs.zero if inf is None else self._flag(inf),
         )
@@ -127,6 +127,10 @@ class StepArguments:
             rates = self._copied_rates, [lr for _, lr in self._rate_tensors]
             graphs.pin(self._made_from, self._arguments, new, rates)
         return new
+
+    def increment_versions(self, signals: Signals) -> None:
+        """Tell autograd that parameters are written to."""
+        self._inputs.increment_versions(signals.allowed_groups(self._groups))
 
     def __enter__(self) -> None:
         """Make the tensors' device the current one, which kernels are launched on."""
@@ -172,10 +176,25 @@ class StepArguments:
         """Find out which scopes make a step with the gradients that there are."""
         presence, addresses = self._inputs.presence, self._inputs.gradients
         stepped = {self._groups[row.group].scope for row, at in zip(self._rows, addresses, strict=True) if at}
-        active = [int(scope.always or i in stepped) for i, scope in enumerate(self._scopes)]
-        self._active = self._graphs.active.renew(active)
-        self.active_groups = [active[group.scope] != 0 for group in self._groups]
+        self._ready = [scope.always or i in stepped for i, scope in enumerate(self._scopes)]
         self._presence = presence
+
+    def _active(self, signals: Signals) -> Tensor:
+        """Per scope whether it makes the step, on the device; where only that knows, computed there."""
+        ready = [signals.allow(i) and ready for i, ready in enumerate(self._ready)]
+        self.active_groups = [ready[group.scope] for group in self._groups]
+        stepped, only = signals.stepped, signals.only
+        if stepped is None:
+            active = self._graphs.flags(ready)
+        else:
+            # another process may have a gradient of the scope
+            always = self._graphs.flags([scope.always for scope in self._scopes])
+            active = (stepped != 0) | (always != 0)
+            if isinstance(only, tuple):
+                active = active & (self._graphs.flags(only) != 0)
+        if isinstance(only, Tensor):
+            active = (active != 0) & move(only, self._device)
+        return active.to(torch.int32)
 
     def _put_options(self) -> Arguments:
         """Put the options into their tables, and make the arguments anew if more than values has changed."""
@@ -226,11 +245,6 @@ class StepArguments:
     def _addresses(self, norm: bool) -> bytes:
         """The same as they lie in memory."""
         return string_at(self.gradients_at(norm), 8 * len(self._rows)) if self._rows else b""
-
-    def _active_by(self, stepped: Tensor) -> Tensor:
-        """Which scopes make the step by what all processes have; on the device, as it is known there."""
-        always = self._graphs.always.renew([int(scope.always) for scope in self._scopes])
-        return ((stepped != 0) | (always != 0)).to(torch.int32)
 
     def _fp32(self, x: Tensor | float) -> Tensor:
         """A number or a tensor of one element as fp32 on the device."""

@@ -108,7 +108,7 @@ class CudaStepper:
 
     def __init__(self, rows: Sequence[Row], counters: Counters, inputs: Inputs) -> None:
         self._arguments = StepArguments("cuda", rows, counters, inputs)
-        self._device, self._inputs = counters.k.device, inputs
+        self._device = counters.k.device
         # addresses in a table on the device, because a launch cannot carry as many
         self._in_table = len(rows) > most_gradients(self._device)
         size = "few" if self._in_table or len(rows) <= compiled.cuda.few else "many"
@@ -129,14 +129,14 @@ class CudaStepper:
 
     def update(self, signals: Signals) -> None:
         """Decide, update and count."""
-        self._inputs.increment_versions()
+        self._arguments.increment_versions(signals)
         launcher, given = self._current(signals)
         with self._arguments:
             launcher.update(*given)
 
     def step(self, signals: Signals) -> None:
         """Both stages in one call."""
-        self._inputs.increment_versions()
+        self._arguments.increment_versions(signals)
         launcher, given = self._current(signals)
         with self._arguments:
             launcher.step(*given)

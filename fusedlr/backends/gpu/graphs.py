@@ -7,12 +7,17 @@ it inert once rows or addresses are others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedlr.backends.gpu.tables import Table
 from fusedlr.reference import Counters, capturing
+
+# far more than there are sets of scopes that a run steps in turns
+_MOST_FLAGS = 256
 
 
 class Graphs:
@@ -20,12 +25,10 @@ class Graphs:
 
     Attributes:
         number: the generation as the host knows it. generation: the same on the device, int32 of shape (1,):
-        a launch made for another number does nothing but
-            count that it was stale.
-        tensors, chunks: the rows, and how they are cut into chunks. active, always: int32 of shape (scopes,):
-        which of them make the step, and which make every step. gradients: addresses, for launches that do not
-        carry them. ints, floats: the options, see `tables.Packed`. rates: fp32 of shape (groups,): rates that
-        are given as numbers.
+        a launch made for another number does nothing but count that it was stale.
+        tensors, chunks: the rows, and how they are cut into chunks. gradients: addresses, for launches that
+        do not carry them. ints, floats: the options, see `tables.Packed`. rates: fp32 of shape (groups,):
+        rates that are given as numbers.
         tickets: int32 of shape (2,): programs of the norm's and the update's launches that have come to their
         end. one, zero: the scaler's signals where there is no scaler.
     """
@@ -37,8 +40,9 @@ class Graphs:
         self.number = 0
         self.generation = torch.zeros(1, dtype=torch.int32, device=device)
         self.tensors, self.gradients = Table(device, torch.int64), Table(device, torch.int64)
-        self.chunks, self.active = Table(device, torch.int32), Table(device, torch.int32)
-        self.always = Table(device, torch.int32)
+        self.chunks = Table(device, torch.int32)
+        # what scopes do, as steps have needed it -> the table of it
+        self._flags: dict[tuple[bool, ...], Tensor] = {}
         self.ints = Table(device, torch.int64)
         self.floats, self.rates = Table(device, torch.float32), Table(device, torch.float32)
         self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
@@ -57,6 +61,16 @@ class Graphs:
                 old.outdate()
             counters.graphs = Graphs(device, old)
         return counters.graphs
+
+    def flags(self, of_scopes: Sequence[bool]) -> Tensor:
+        """A flag of every scope as int32 on the device, which is never written to again."""
+        key = tuple(of_scopes)
+        if key not in self._flags:
+            table = Table(self.device, torch.int32).renew([int(flag) for flag in key])
+            if len(self._flags) >= _MOST_FLAGS:
+                self._flags.clear()
+            self._flags[key] = table
+        return self._flags[key]
 
     def expect(self, made_for: Any) -> None:
         """Outdate captured launches, unless they were made for equal rows and addresses."""

@@ -148,7 +148,7 @@ class Packed:
         scope_ints: list[int] = []
         scope_floats: list[float] = []
         for scope, own in zip(scopes, slots, strict=True):
-            scope_ints += int(scope.normed), int(scope.skip_nonfinite), *own
+            scope_ints += int(scope.normed), int(scope.skip_nonfinite), int(scope.by_own_norm), *own
             # a limit of inf still makes nan of a norm that is inf
             scope_floats.append(math.nan if scope.max_grad_norm is None else scope.max_grad_norm)
         return Packed(

@@ -80,7 +80,7 @@ class TritonStepper:
 
     def __init__(self, rows: Sequence[Row], counters: Counters, inputs: Inputs) -> None:
         self._arguments = StepArguments("triton", rows, counters, inputs)
-        self._device, self._inputs = counters.k.device, inputs
+        self._device = counters.k.device
         self._norms: list[Launch] = []
         self._updates: list[Launch] = []
         self._launches_for: Arguments | None = None
@@ -97,14 +97,14 @@ class TritonStepper:
 
     def update(self, signals: Signals) -> None:
         """Decide, update and count."""
-        self._inputs.increment_versions()
+        self._arguments.increment_versions(signals)
         new = self._current(signals)
         with self._arguments:
             self._launch_updates(new)
 
     def step(self, signals: Signals) -> None:
         """Both stages, one after the other."""
-        self._inputs.increment_versions()
+        self._arguments.increment_versions(signals)
         new = self._current(signals)
         with self._arguments:
             self._launch_norms(new)
@@ -116,7 +116,7 @@ class TritonStepper:
 
     def _launch_norms(self, new: NewArguments) -> None:
         for norm in self._norms:
-            launch(norm, (new.gradients, new.grad_scale, *norm.kept), self._device)
+            launch(norm, (new.gradients, new.active, new.grad_scale, *norm.kept), self._device)
 
     def _launch_updates(self, new: NewArguments) -> None:
         for update in self._updates:

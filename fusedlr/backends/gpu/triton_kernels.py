@@ -93,6 +93,7 @@ _SCOPE_INTS, _SCOPE_FLOATS = columns.SCOPE_INTS, columns.SCOPE_FLOATS
 SCOPE_INTS = tl.constexpr(len(_SCOPE_INTS))
 NORMED = tl.constexpr(_SCOPE_INTS.index("normed"))
 SKIP_NONFINITE = tl.constexpr(_SCOPE_INTS.index("skip_nonfinite"))
+BY_OWN_NORM = tl.constexpr(_SCOPE_INTS.index("by_own_norm"))
 FIRST_SLOT = tl.constexpr(_SCOPE_INTS.index("first_slot"))
 LAST_SLOT = tl.constexpr(_SCOPE_INTS.index("last_slot"))
 
@@ -232,8 +233,11 @@ def decide(ints, floats, squares, found_inf):
     coef = tl.div_rn(limit, norm + CLIP_EPS)
     coef = tl.where((coef > 1) | (limit != limit), 1.0, coef)
     # anything but 0, nan included; read as often as there are scopes, as the interpreter cannot spread a flag
-    skip = tl.load(found_inf + normed * 0) != 0
-    skip = skip | ((tl.load(ints + SKIP_NONFINITE) != 0) & ~(tl.abs(norm) < float("inf")))
+    found = tl.load(found_inf + normed * 0) != 0
+    skips = tl.load(ints + SKIP_NONFINITE) != 0
+    bad = ~(tl.abs(norm) < float("inf"))
+    by_own_norm = tl.load(ints + BY_OWN_NORM) != 0
+    skip = (by_own_norm & bad & (skips | found)) | (~by_own_norm & (found | (skips & bad)))
     return norm, coef, skip
 
 
@@ -296,6 +300,7 @@ def _kernel(fn):
 @_kernel
 def norm_kernel(
     gradients,  # int64 (tensors,): addresses, 0 where there is none
+    active,  # int32 (scopes,): whether the scope makes this step
     grad_scale,  # fp32 (1,)
     tensors,  # int64 (tensors, TENSOR_COLUMNS)
     chunks,  # int32 (chunks, CHUNK_COLUMNS)
@@ -318,8 +323,10 @@ def norm_kernel(
     chunk = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
     scope_ints = ints + groups * GROUP_INTS
     _, gradient, begin, count = place(chunk, tensors, gradients)
-    normed = tl.load(scope_ints + tl.load(chunk + SCOPE) * SCOPE_INTS + NORMED)
-    count = tl.where(normed != 0, count, 0)
+    scope = tl.load(chunk + SCOPE)
+    normed = tl.load(scope_ints + scope * SCOPE_INTS + NORMED)
+    # nothing of a scope that does not make the step is read
+    count = tl.where((normed != 0) & (tl.load(active + scope) != 0), count, 0)
     factor = tl.div_rn(1.0, tl.load(grad_scale))
     wide = tl.where(gradient % 16 == 0, count // WIDE * WIDE, 0)
     sums = tl.zeros([WIDE], tl.float32)
@@ -403,12 +410,13 @@ def step_kernel(
     )
     k = tl.load(counts + group)
     lr = lr_at(group_ints, group_floats, rates + group, phase_ints, phase_floats, table, k)
-    if (tl.load(chunk + FIRST_OF_GROUP) != 0) & (tl.load(active + scope) != 0):
+    steps = tl.load(active + scope) != 0
+    if (tl.load(chunk + FIRST_OF_GROUP) != 0) & steps:
         tl.store(used + group, lr)
         tl.store(used + groups + group, norm)
         tl.store(used + 2 * groups + group, coef)
     row, gradient, begin, left = place(chunk, tensors, gradients)
-    if (left > 0) & (~skip):
+    if (left > 0) & steps & (~skip):
         s = scalars(row, group_floats, lr, tl.div_rn(1.0, tl.load(grad_scale)) * coef)
         addresses = gradient | tl.load(row + PARAM) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
         if AMSGRAD:
@@ -473,7 +481,7 @@ def count_step(
             scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
         )
         ts = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
-        inside = inside & (tl.load(gradients + tensor) != 0) & ~skip
+        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0) & ~skip
         tl.store(ts, tl.load(ts, mask=inside, other=0.0) + 1.0, mask=inside)
         begin += LANES
 
