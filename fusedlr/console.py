@@ -1,9 +1,10 @@
 """What the commands share: a parser, the choice of a device, a check of folders, text in columns."""
 
 import argparse
+import importlib.util
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +73,29 @@ def writable(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
     except OSError as error:
         parser.error(f"argument {option}: cannot write in {folder}: {error.strerror}")
     return path
+
+
+def drawing_path(path: Path, formats: Sequence[str], parser: argparse.ArgumentParser) -> Path:
+    """`--out`, absolute, if a drawing of one of the formats (suffixes) can be written there.
+
+    Ends in `parser.error` if not, and if matplotlib, which draws, is missing.
+    """
+    if path.suffix.lower() not in formats:
+        parser.error(f"argument --out: {path} must end in {' or '.join(formats)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error(
+            "argument --out: a picture needs matplotlib: pip install 'fusedlr[plot]'; "
+            "without --out the curves are drawn here"
+        )
+    return new_file(path, "--out", parser)
+
+
+def new_file(path: Path, option: str, parser: argparse.ArgumentParser) -> Path:
+    """`path`, absolute, if a file can be written there; ends in `parser.error` if not."""
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        parser.error(f"argument {option}: {path} is a folder")
+    return writable(path.parent, option, parser) / path.name
 
 
 def aligned(rows):

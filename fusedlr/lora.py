@@ -6,14 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusedlr import arguments
-
-# PEFT's names: lora_A and lora_B of linear and convolution layers, lora_embedding_A and _B of embeddings
-_A_NAMES = ("lora_A", "lora_embedding_A")
-_B_NAMES = ("lora_B", "lora_embedding_B")
-_WHOLE = "modules_to_save"
-# adapters of embeddings, rows of embeddings, and DoRA's magnitudes
-_NO_DECAY = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta", "lora_magnitude_vector")
+from fusedlr import arguments, peft_names
 
 
 def param_groups(
@@ -50,13 +43,13 @@ def param_groups(
         arguments.plain_number("weight_decay", weight_decay)
     arguments.plain_number("b_lr_ratio", b_lr_ratio, above_zero=True)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    looked_for = f"looked for trainable parameters named {', '.join((*_A_NAMES, *_B_NAMES))}"
+    looked_for = f"looked for trainable parameters named {', '.join((*peft_names.A, *peft_names.B))}"
     if not trainable:
         total = sum(1 for _ in model.parameters())
         raise ValueError(f"all {total} parameters of {type(model).__name__} are frozen; {looked_for}")
     groups: dict[str, dict[str, Any]] = {}
     for name, p in trainable.items():
-        kind = _kind(name)
+        kind = peft_names.kind(name)
         decays = _decays(model, name, p)
         decay = weight_decay if decays else 0.0
         key = kind if decays else f"{kind}_no_decay"
@@ -79,24 +72,12 @@ def param_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def _role(name: str) -> str | None:
-    """The part of a parameter's name by which PEFT stores it; the adapter's own name comes after it."""
-    return next(
-        (part for part in name.split(".") if part in (*_A_NAMES, *_B_NAMES, *_NO_DECAY, _WHOLE)), None
-    )
-
-
-def _kind(name: str) -> str:
-    role = _role(name)
-    return "lora_A" if role in _A_NAMES else "lora_B" if role in _B_NAMES else "other"
-
-
 def _decays(model: nn.Module, name: str, p: Tensor) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
     return (
         p.dim() >= 2
         and not isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
-        and _role(name) not in _NO_DECAY
+        and peft_names.role(name) not in peft_names.NO_DECAY
     )
 
 

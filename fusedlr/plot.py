@@ -6,7 +6,6 @@ Mistakes end in `parser.error`: one line and exit code 2. Needs neither torch no
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import shutil
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fusedlr.arguments import number
-from fusedlr.console import writable
+from fusedlr.chart import MARKS
+from fusedlr.console import drawing_path
 from fusedlr.schedule import Schedule, curves, spec
 
 FORMATS = (".png", ".svg")
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except ValueError as error:
         parser.error(f"argument --peak: {error}")
     if args.out is not None:
-        path = _out(args.out, parser)
+        path = drawing_path(args.out, FORMATS, parser)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             curves.picture(schedules, args.peak, path)
@@ -120,15 +120,15 @@ def _legend(schedules: dict[str, Schedule], peak: float) -> list[str]:
     return [
         f"{mark} {name}: first update {schedule.lr_at(0, peak):.3g}, "
         f"last {schedule.lr_at((schedule.total_steps or total) - 1, peak):.3g}"
-        for mark, (name, schedule) in zip(curves.MARKS, schedules.items(), strict=False)
+        for mark, (name, schedule) in zip(MARKS, schedules.items(), strict=False)
     ]
 
 
 def _schedules(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Schedule]:
     """Every schedule asked for, under the text that asks for it."""
     asked = dict.fromkeys(text for argument in args.specs or ["cosine"] for text in spec.split(argument))
-    if len(asked) > len(curves.MARKS):
-        parser.error(f"argument SCHEDULE: at most {len(curves.MARKS)} schedules fit in one drawing")
+    if len(asked) > len(MARKS):
+        parser.error(f"argument SCHEDULE: at most {len(MARKS)} schedules fit in one drawing")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
@@ -174,17 +174,3 @@ def _defaults(args: argparse.Namespace, one: spec.Spec) -> dict[str, Any]:
         # a table's values say how long the run is
         del values["total_steps"]
     return values
-
-
-def _out(path: Path, parser: argparse.ArgumentParser) -> Path:
-    if path.suffix.lower() not in FORMATS:
-        parser.error(f"argument --out: {path} must end in {' or '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error(
-            "argument --out: a picture needs matplotlib: pip install 'fusedlr[plot]'; "
-            "without --out the curves are drawn here"
-        )
-    path = path.expanduser().absolute()
-    if path.is_dir():
-        parser.error(f"argument --out: {path} is a folder")
-    return writable(path.parent, "--out", parser) / path.name

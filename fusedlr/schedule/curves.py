@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 
+from fusedlr.chart import MARKS, Scale, chart
 from fusedlr.schedule.schedule import Schedule
 
 # points of a curve: more than a picture has columns; the ends of phases are added to them
@@ -17,8 +17,6 @@ _TABLE_POINTS = 100_000
 _FEW = 20
 # updates that are drawn if no schedule of a picture has an end
 _ENDLESS = 1_000
-# the marks of curves in a terminal, first curve first
-MARKS = "*o+x#@%&"
 # Okabe and Ito: colours that stay apart for colour-blind readers
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
 # in inches and dots per inch: a picture fits a page, and its letters are readable at half that size
@@ -53,27 +51,8 @@ def text(schedules: Mapping[str, Schedule], peak: float, width: int = 80, height
         for name, schedule in schedules.items()
     }
     top = max(value for curve in curves.values() for _, value in curve) or 1.0
-    margin = max(len(f"{top:.3g}"), 4)
-    columns = width - margin - 2
-    grid = [[" "] * columns for _ in range(height)]
-    for mark, curve in reversed(list(zip(MARKS, curves.values(), strict=False))):
-        _trace(grid, [(k / total * (columns - 1), (1 - y / top) * (height - 1)) for k, y in curve], mark)
-    labels = {0: f"{top:.3g}", (height - 1) // 2: f"{top * (1 - (height - 1) // 2 / (height - 1)):.3g}"}
-    labels[height - 1] = "0"
-    lines = [f"{labels.get(i, ''):>{margin}} |{''.join(row)}".rstrip() for i, row in enumerate(grid)]
-    end = f"update {total:,}"
-    lines.append(" " * (margin + 1) + "+" + "-" * columns)
-    lines.append(" " * (margin + 2) + "0" + end.rjust(columns - 1))
-    return lines
-
-
-def _trace(grid: list[list[str]], points: list[tuple[float, float]], mark: str) -> None:
-    """Mark the polygon through `points` (column, row), one mark per column or row whichever is denser."""
-    for (x0, y0), (x1, y1) in pairwise(points):
-        pieces = max(1, round(max(abs(x1 - x0), abs(y1 - y0))))
-        for i in range(pieces + 1):
-            x, y = x0 + (x1 - x0) * i / pieces, y0 + (y1 - y0) * i / pieces
-            grid[round(y)][round(x)] = mark
+    drawn = list(zip(MARKS, curves.values(), strict=False))
+    return chart(drawn, Scale(0, total, 0, top), width, height, f"update {total:,}")
 
 
 def picture(

@@ -42,7 +42,7 @@ def describe(schedule: _Described, peak: float | None = None) -> str:
     known = schedule.resolve(math.inf if peak is None else peak)
     absolute = None if peak is not None else _absolute(schedule)
     total = schedule.total_steps
-    warmup, top = _warmup_steps(schedule), _highest(known)
+    warmup, top = warmup_steps(schedule), _highest(known)
 
     def rate(k: int) -> str:
         share = f"{_share(known.lr_at(k))} of the peak"
@@ -80,7 +80,7 @@ def _absolute(schedule: _Described) -> Absolute | None:
     return next((level for level in levels if isinstance(level, Absolute)), None)
 
 
-def _warmup_steps(schedule: _Described) -> int:
+def warmup_steps(schedule: _Described) -> int:
     """Updates before the peak is first reached while the schedule rises from its first value."""
     first = schedule.phases[0]
     if first.shape == "table":
