@@ -19,7 +19,14 @@ from torch import Tensor
 
 from fusedlr import arguments
 from fusedlr.columns import STATE
-from fusedlr.groups import OWN_KEYS, has_schedule, parameter_name
+from fusedlr.groups import (
+    OWN_KEYS,
+    check_of_scope,
+    has_schedule,
+    parameter_name,
+    scope_keys,
+    shared_options,
+)
 from fusedlr.reference import is_fake, is_sharded
 from fusedlr.schedule import Schedule
 from fusedlr.sharded import whole_to_part
@@ -59,6 +66,8 @@ class Loaded:
     groups: Groups
     k: list[int]
     skipped: list[int] | None = None
+    # what the file says under `OWN_KEY` of every group
+    own: Groups = field(default_factory=list)
     entries: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     # entries of the file that belong to no parameter
     others: dict[Any, Any] = field(default_factory=dict)
@@ -68,7 +77,7 @@ class Loaded:
 def own_state(
     groups: Groups, state: State, k: list[int], skipped: list[int], *, joint: bool
 ) -> dict[str, Any]:
-    """What a file has of ours: schedules in plain numbers, peaks, limits, and how far every group is."""
+    """What a file has of ours: schedules in plain numbers, peaks, scopes, limits, how far every group is."""
     latest = max_steps(groups, state, joint=joint)
     own = []
     for i, group in enumerate(groups):
@@ -82,8 +91,7 @@ def own_state(
                 "skipped": skipped[i],
             }
         )
-        if "max_grad_norm" in group:
-            own[-1]["max_grad_norm"] = group["max_grad_norm"]
+        own[-1].update((key, group[key]) for key in ("max_grad_norm", "nonfinite", "scope") if key in group)
     return {"format": FORMAT, "groups": own}
 
 
@@ -115,6 +123,13 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
             )
         _check_group(i, mine, theirs)
     own = _own_of(state_dict, saved, other_own)
+    for i, (mine, theirs) in enumerate(zip(groups, own, strict=True)):
+        here, there = mine.get("scope"), theirs.get("scope")
+        if here is not None and there is not None and here != there:
+            raise ValueError(
+                f"group {i} of the loaded state dict is of scope {there!r}, this optimizer's is of {here!r}: "
+                "add the groups in the order of the file, or load one scope by load_scope_state_dict"
+            )
     entries, by_id = {}, {}
     for i, (mine, theirs) in enumerate(zip(groups, saved, strict=True)):
         for p, saved_id in zip(mine["params"], theirs["params"], strict=True):
@@ -138,9 +153,12 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
         ],
         k=[_continued(o, t) for o, t in zip(own, latest, strict=True)],
         skipped=[o.get("skipped", 0) for o in own],
+        own=own,
         entries=entries,
         others={key: _copied(f"entry {key!r} of the loaded state", entry) for key, entry in others.items()},
     )
+    for key in {key for key in scope_keys(groups, joint=joint) if isinstance(key, str)}:
+        shared_options(key, [group for group in loaded.groups if group.get("scope") == key])
     loaded.disagreements = _disagreements(groups, loaded.groups, own)
     return loaded
 
@@ -162,7 +180,8 @@ def read_matching(
         names = _names(where, theirs)
         there.update({name: (i, saved_id) for name, saved_id in zip(names, theirs["params"], strict=True)})
     counted = {key: entry for key, entry in state_dict["state"].items() if _has_step(entry)}
-    latest = max_steps(saved, counted, joint=joint)
+    scoped = [{**group, "scope": o.get("scope")} for group, o in zip(saved, own, strict=True)]
+    latest = max_steps(scoped, counted, joint=joint)
     loaded, missing, used = Loaded(groups, list(k)), [], set()
     steps: list[int | None] = []
     for i, mine in enumerate(groups):
@@ -177,10 +196,11 @@ def read_matching(
             loaded.entries[p] = _own_entry(parameter_name(mine, i, p), entry)
             reached.append(_continued(own[group], latest[group]))
         steps.append(max(reached, default=None))
-    # a group of which nothing was found goes on where it is, or in a joint run with the others
-    run = max((step for step in steps if step is not None), default=None) if joint else None
+    # a group of which nothing was found goes on with the others of its scope, or else where it is
+    keys = scope_keys(groups, joint=joint)
     for i, step in enumerate(steps):
-        loaded.k[i] = next(x for x in (step, run, k[i]) if x is not None)
+        of_scope = [x for x, key in zip(steps, keys, strict=True) if key == keys[i] and x is not None]
+        loaded.k[i] = next(x for x in (step, max(of_scope, default=None), k[i]) if x is not None)
     return loaded, IncompatibleKeys(missing, [name for name in there if name not in used])
 
 
@@ -204,13 +224,17 @@ def apply_state(loaded: Loaded, ours: State, state_dtype: str | None) -> dict[An
 
 
 def max_steps(groups: Groups, state: Mapping[Any, Any], *, joint: bool) -> list[int]:
-    """Per group the largest `step` of its tensors, of all tensors when `joint`; 0 without state."""
+    """Per group the largest `step` of the tensors of its scope; 0 without state."""
     largest = []
     for group in groups:
         steps = [state[p]["step"] for p in group["params"] if state.get(p) and "step" in state[p]]
         steps = [step for step in steps if not is_fake(step)]
         largest.append(int(max(_numbers(steps), default=0)))
-    return [max(largest, default=0)] * len(groups) if joint else largest
+    keys = scope_keys(groups, joint=joint)
+    of_scope = dict.fromkeys(keys, 0)
+    for key, steps_made in zip(keys, largest, strict=True):
+        of_scope[key] = max(of_scope[key], steps_made)
+    return [of_scope[key] for key in keys]
 
 
 def _numbers(steps: Sequence[Any]) -> list[float]:
@@ -349,6 +373,7 @@ def _checked_own(i: int, own: Any) -> dict[str, Any]:
     try:
         if own.get("peak") is not None:
             checked["peak"] = arguments.non_negative("peak", own["peak"])
+        check_of_scope(own)
         if "max_grad_norm" in own:
             checked["max_grad_norm"] = arguments.max_grad_norm(own["max_grad_norm"])
         schedule = own.get("schedule")
@@ -405,11 +430,12 @@ def _loaded_group(
     for key in OWN_KEYS:
         if key in mine and (key != "initial_lr" or has_schedule(mine)):
             group.setdefault(key, mine[key])
-    if "max_grad_norm" in own:
-        group["max_grad_norm"] = own["max_grad_norm"]
-    if joint:
-        # joint groups share the optimizer's own
-        group.pop("max_grad_norm", None)
+    for key in ("max_grad_norm", "nonfinite"):
+        if key in own:
+            group[key] = own[key]
+        if joint and "scope" not in mine:
+            # joint groups share the optimizer's own
+            group.pop(key, None)
     # without a schedule, a scheduler that is made later finds the peak where torch's leave it
     if own.get("peak") is not None:
         group["initial_lr"] = own["peak"]
@@ -498,6 +524,8 @@ def _disagreements(groups: Groups, loaded: Groups, own: list[dict[str, Any]]) ->
     lines = []
     for i, (mine, new, theirs) in enumerate(zip(groups, loaded, own, strict=True)):
         schedule, written = mine.get("schedule"), theirs.get("schedule")
+        if theirs.get("scope") is not None and mine.get("scope") is None:
+            lines.append(f"group {i}: its scope is {theirs['scope']!r} in the checkpoint, here it has none")
         if schedule is None:
             if written is not None:
                 lines.append(f"group {i}: the checkpoint was made with a schedule, this optimizer has none")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,10 +217,13 @@ class Counts:
 
     # what a step has made of the counters
 
-    def made(self, made: Made | None, active: Sequence[bool]) -> None:
-        """Take what a step tells, or count one step of the active groups until a copy says more."""
+    def made(self, made: Made | None, active: Sequence[bool], shown: Sequence[bool]) -> None:
+        """Take what a step tells, or count one step of the active groups until a copy says more.
+
+        `shown`: per group whether it shows the rate of this step.
+        """
         self.k_loaded = self.own_loaded = None
-        self.shown = self.k
+        self.shown = [k if new else old for k, old, new in zip(self.k, self.shown, shown, strict=True)]
         if made is not None:
             self.k = made.k
             self._warn_skips(made.skips_in_row)
@@ -329,6 +332,30 @@ class Counts:
         # what a scheduler's state says was said before
         self.k_loaded = None
         _show(group, k)
+
+    def restart(self, groups: list[Any], at: dict[int, tuple[int, int]]) -> None:
+        """Let groups, by their indices, go on at these `k` and numbers of skipped steps; others stay.
+
+        Waits for the device.
+        """
+        self.sync()
+        c = self.counters
+        for i, (k, skipped) in at.items():
+            if not is_fake(c.counts):
+                c.counts[:3, i] = torch.tensor([k, skipped, 0], dtype=torch.int64, device="cpu")
+                c.used[:, i] = torch.tensor([0, math.nan, 1], dtype=c.used.dtype, device="cpu")
+            self.k[i] = k
+        self.sync()
+        # what a scheduler's state says was said before
+        self.k_loaded = self.own_loaded = None
+        self.shown = [at[i][0] if i in at else shown for i, shown in enumerate(self.shown)]
+        for i in at:
+            _show(groups[i], self.shown[i])
+
+    def forget(self, params: Iterable[Tensor]) -> None:
+        """Let a group that is put in later with one of these parameters begin anew."""
+        for p in params:
+            self._gone.pop(p, None)
 
     # what the host shows
 

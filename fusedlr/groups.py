@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import NoneType
@@ -35,9 +35,9 @@ class Notes:
     others_assigned: bool = False
     changed: bool = True
 
-    def clear(self) -> None:
-        """Begin the next step."""
-        self.lr_assigned.clear()
+    def clear(self, kept: Collection[int] = ()) -> None:
+        """Begin the next step; `kept`: ids of the groups whose assigned lr is still to be used."""
+        self.lr_assigned.intersection_update(kept)
         self.lr_written_back.clear()
         self.others_assigned = False
 
@@ -369,12 +369,12 @@ def _check(index: int, group: dict[str, Any]) -> None:
     where = f"group {index}"
     try:
         arguments.hyperparameters(group)
-        _check_of_scope(group)
+        check_of_scope(group)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_of_scope(group: dict[str, Any]) -> None:
+def check_of_scope(group: Mapping[str, Any]) -> None:
     """A group's scope and what it says of it are what the constructor accepts, else ValueError."""
     arguments.max_grad_norm(group.get("max_grad_norm"))
     arguments.choice("nonfinite", group.get("nonfinite"), (None, "skip", "propagate"))
@@ -461,7 +461,7 @@ def checked_group(
         arguments.duplicates(group["params"])
     checked = arguments.hyperparameters({**defaults, **group})
     group.update((name, value) for name, value in checked.items() if name in group)
-    _check_of_scope(group)
+    check_of_scope(group)
     if group.get("scope") is None:
         group.pop("scope", None)
         for option in _OF_SCOPE if joint else ():

@@ -23,3 +23,36 @@ def kind(name: str) -> str:
     """
     found = role(name)
     return "lora_A" if found in A else "lora_B" if found in B else "other"
+
+
+def adapter_of(name: str) -> str | None:
+    """The name of the adapter that a parameter of this name belongs to; None if it belongs to none.
+
+    >>> adapter_of("model.layers.0.q_proj.lora_A.first.weight")
+    'first'
+    """
+    parts = name.split(".")
+    at = _place_of_adapter(parts)
+    return None if at is None else parts[at]
+
+
+def without_adapter(name: str, adapter: str) -> str:
+    """A parameter's name without that of its adapter: the same for the same place in every adapter.
+
+    What PEFT did not name loses the first part that is the adapter's name.
+
+    >>> without_adapter("layers.0.q_proj.lora_A.first.weight", "first")
+    'layers.0.q_proj.lora_A.weight'
+    >>> without_adapter("adapters.first.down", "first")
+    'adapters.down'
+    """
+    parts = name.split(".")
+    at = _place_of_adapter(parts)
+    if at is None or parts[at] != adapter:
+        at = parts.index(adapter) if adapter in parts else None
+    return name if at is None else ".".join(parts[:at] + parts[at + 1 :])
+
+
+def _place_of_adapter(parts: list[str]) -> int | None:
+    roles = *A, *B, *NO_DECAY, WHOLE
+    return next((i + 1 for i, part in enumerate(parts[:-1]) if part in roles), None)

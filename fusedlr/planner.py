@@ -115,15 +115,19 @@ class Planner:
         self._options = options
         return self.plan
 
-    def _new_options(self, groups: list[Any]) -> Options:
+    def options(self, groups: list[Any]) -> Options:
+        """The options of these groups as they stand now."""
         settings = self._settings
-        options = Options.of(
+        return Options.of(
             groups,
             self._notes,
             joint=settings["groups"] == "joint",
             max_grad_norm=settings["max_grad_norm"],
             nonfinite=settings["nonfinite"],
         )
+
+    def _new_options(self, groups: list[Any]) -> Options:
+        options = self.options(groups)
         # taken anew for the next step, if a schedule then takes over again or a value may change in place
         self._notes.changed = bool(options.overruled) or not options.kept
         return options
@@ -173,18 +177,23 @@ class Planner:
         if self.plan is not None:
             self.plan.watch.release()
 
-    def made(self, plan: Plan, made: Made | None) -> None:
-        """Show the rate just used in `group["lr"]` and count the step on the host."""
+    def made(self, plan: Plan, made: Made | None, signals: Signals) -> None:
+        """Show the rate just used in `group["lr"]` and count the step on the host.
+
+        Groups that were not to make the step show what they showed, and what was assigned to them waits.
+        """
         counts = self._counts
+        allowed = [signals.allow(step.scope) for step in self._options.groups]
         for i, step in enumerate(self._options.groups):
-            if step.schedule is not None:
+            if step.schedule is not None and allowed[i]:
                 rate = made.lr[i] if made is not None else step.schedule.lr_at(counts.k[i], step.peak)
                 plan.groups[i].show(rate)
         for i in self._options.overruled:
-            plan.groups[i].shown_lr = None
-            self._warn_once("assigned", warn_assigned, i, plan.groups[i], counts.k[i])
-        self._notes.clear()
-        counts.made(made, () if made is not None else plan.stepper.active())
+            if allowed[i]:
+                plan.groups[i].shown_lr = None
+                self._warn_once("assigned", warn_assigned, i, plan.groups[i], counts.k[i])
+        self._notes.clear(kept={id(g) for g, one in zip(plan.groups, allowed, strict=True) if not one})
+        counts.made(made, () if made is not None else plan.stepper.active(), allowed)
 
 
 def choose_backend(groups: list[dict[str, Any]], name: str) -> backends.Backend:

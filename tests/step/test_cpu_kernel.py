@@ -436,5 +436,6 @@ def test_options_of_other_groups_and_scopes_are_refused():
     stepper.assign([compiled_group(0)] * 2, [scope])
     grads, rates = torch.tensor(addresses(step.tensors[:2])), torch.ones(2, dtype=torch.float64)
     given = grads.data_ptr(), rates.data_ptr(), None, False, 1
-    with pytest.raises(ValueError, match="there is an entry per scope"):
-        stepper.run(compiled.cpu.UPDATE, *given, [True, True])
+    for stepped, only in (([True, True], None), (None, [True, True])):
+        with pytest.raises(ValueError, match="there is an entry per scope"):
+            stepper.run(compiled.cpu.UPDATE, *given, stepped, only)
