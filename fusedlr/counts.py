@@ -102,7 +102,7 @@ class Counts:
                 group["schedule"].resolve(self._defaults["lr"])
                 if "initial_lr" not in group:
                     check_rates(group["lr"])
-        if not _same(groups, self.groups) or not all(map(self._is_ours, groups)):
+        if not _same(groups, self.groups):
             self._follow(groups)
         for group in groups:
             if has_schedule(group):
@@ -128,18 +128,17 @@ class Counts:
         if schedule is not None and "initial_lr" in wrapped and shown:
             # a plain dict does not tell who assigned its lr; a rate that is not ours did come from outside
             ours = {schedule.lr_at(k, wrapped["initial_lr"]) for k in shown}
-            if isinstance(wrapped["lr"], Tensor) or wrapped["lr"] not in ours:
+            if wrapped["lr"] not in ours:
                 self._notes.lr_assigned.add(id(wrapped))
             else:
                 wrapped.shown_lr = wrapped["lr"]
         wrapped.counts = counts
-        self._notes.changed = True
         return wrapped
 
     def _gone_with(self, group: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """Own keys and counters of the group that was taken out with a parameter of this one."""
         found = next((self._gone[p] for p in group["params"] if p in self._gone), None)
-        return ({}, None) if found is None else (dict(found[0]), found[1].clone())
+        return ({}, None) if found is None else found
 
     def _follow(self, groups: list[Any]) -> None:
         """Count for these groups: each goes on at its own counts, wherever it stood; new ones start at 0."""
@@ -152,8 +151,9 @@ class Counts:
             for group in groups
         ]
         for i, group in enumerate(before):
-            if i not in origins and isinstance(group, ParamGroup):
-                group.counts, group.counter = old.counts[:, i].clone(), None
+            if i not in origins:
+                # not a view, which replays of a graph that was captured with these counters would move on
+                group.counts = old.counts[:, i].clone()
                 self._gone.update((p, (group.own, group.counts)) for p in group["params"])
         if origins != list(range(len(before))):
             # what a scheduler's state says is said of the groups that there were
@@ -165,11 +165,10 @@ class Counts:
         self._replace(Counters.zeros(len(groups), old.counts.device))
         if old.used.dtype == torch.float32:
             self.counters.use_fp32()
-        shown, taken = [], set()
+        shown = []
         for i, (group, origin) in enumerate(zip(groups, origins, strict=True)):
             shown.append(0)
-            if origin is not None and origin not in taken:
-                taken.add(origin)
+            if origin is not None:
                 self.counters.counts[:3, i] = old.counts[:3, origin]
                 self.counters.used[:, i] = old.used[:, origin]
                 shown[i] = self.shown[origin]

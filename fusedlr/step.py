@@ -19,7 +19,7 @@ from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Options, parameter_name
-from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper
+from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper, is_fake
 from fusedlr.sharded import Layout, ReducingStepper
 from fusedlr.tensors import SHARDED, gradient_misfit, state_misfit
 
@@ -230,7 +230,8 @@ def _complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], dtype: to
 
 
 def _watch(groups: list[dict[str, Any]], state: State, rows: list[Row]) -> Watch:
-    if compiled.host is not None:
+    # the compiled watch looks at addresses, of which torch says that fake tensors have none
+    if compiled.host is not None and not any(is_fake(row.owner) for row in rows):
         try:
             params = [row.owner for row in rows]
             watch = compiled.host.Watch(groups, state, params, (*STATE, "step"))

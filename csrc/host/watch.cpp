@@ -87,7 +87,7 @@ void Watch::add_row(PyObject* param, PyObject* entry) {
     for (uint32_t i = row.grad.begin; i < row.grad.end; i += 2)
         row.may_be_negated &= extents_[i] < 2 || extents_[i + 1] != 1;
     for (PyObject* const name : names_) {
-        PyObject* const value = PyDict_GetItemWithError(entry, name);
+        PyObject* const value = PyDict_Check(entry) ? PyDict_GetItemWithError(entry, name) : nullptr;
         row.state.push_back(value ? meta(value) : Meta{});
     }
     rows_.push_back(row);

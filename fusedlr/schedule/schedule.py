@@ -197,7 +197,7 @@ class Schedule:
         """
         try:
             return _from_numbers(numbers)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a schedule in numbers: {error}") from error
 
 

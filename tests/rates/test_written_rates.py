@@ -24,6 +24,7 @@ from kit import (
     step,
     with_rates,
 )
+from snapshots import params_of
 from torch import nn
 
 import fusedlr
@@ -182,6 +183,36 @@ def test_a_schedule_given_to_a_running_group_takes_over():
     optimizer.param_groups[0]["schedule"] = fusedlr.linear(total_steps=4)
     step(optimizer, 1)
     assert_same(optimizer, with_rates([PEAK, PEAK * 3 / 4]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "message"),
+    [
+        ("linear", TypeError, "schedule='linear' is not a fusedlr.Schedule"),
+        (SCHEDULE, ValueError, "is a tensor, which a schedule cannot drive"),
+    ],
+    ids=["no schedule", "a tensor rate"],
+)
+def test_a_schedule_that_cannot_drive_a_running_group_is_refused(schedule, error, message):
+    optimizer = make(lr=torch.tensor(PEAK))
+    step(optimizer, 0)
+    optimizer.param_groups[0]["schedule"] = schedule
+    set_grads(optimizer, 1)
+    before = [p.detach().clone() for p in params_of(optimizer)]
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    assert all(map(torch.equal, before, params_of(optimizer)))
+
+
+def test_a_rate_written_to_a_group_of_another_optimizer_is_used_where_the_group_is_now():
+    optimizer, other = scheduled(), scheduled()
+    optimizer.param_groups[:] = other.param_groups
+    step(optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 0.3
+    with quiet():
+        step(optimizer, 1)
+    assert optimizer.metrics()["lr"].item() == 0.3
 
 
 def test_one_warning_in_all_names_both_rates_and_points_at_the_caller():

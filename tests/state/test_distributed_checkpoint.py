@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from kit import PEAK, disagreements, quiet, recorded, scheduled, set_grads, step, steps
+from kit import PEAK, disagreements, make, quiet, recorded, scheduled, set_grads, step, steps
 from snapshots import bits, changes, params_of, snapshot
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -153,4 +155,48 @@ def test_the_schedules_own_first_rate_of_zero_is_a_step():
     optimizer = scheduled()
     assert optimizer.param_groups[0]["lr"] == 0.0
     step(optimizer, 0)
+    assert optimizer.metrics()["step"].tolist() == [1]
+
+
+# done to an optimizer between the checkpoint tool's two doings, a zero gradient and a rate of 0, and the step
+NOT_ONLY_TO_ALLOCATE: dict[str, Callable[[fusedlr.FusedAdamW], Any]] = {
+    "another option": lambda optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
+    "another rate": lambda optimizer: optimizer.param_groups[0].update(lr=0.3),
+    "a rate in a tensor": lambda optimizer: optimizer.param_groups[0].update(lr=torch.tensor(0.0)),
+    "a gradient": lambda optimizer: params_of(optimizer)[0].grad.fill_(1),
+}
+
+
+def given_nothing(optimizer: fusedlr.FusedAdamW) -> None:
+    """Assign a rate of 0 and gradients that are zero but for a missing one."""
+    optimizer.param_groups[0]["lr"] = 0.0
+    for p in params_of(optimizer)[:-1]:
+        p.grad = torch.zeros_like(p)
+
+
+def test_a_step_at_the_rate_shown_with_gradients_of_zero_only_allocates():
+    optimizer = scheduled()
+    given_nothing(optimizer)
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [0]
+    # with the state there, the same is a step
+    given_nothing(optimizer)
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [1]
+
+
+@pytest.mark.parametrize("name", NOT_ONLY_TO_ALLOCATE)
+def test_a_first_step_that_does_more_than_to_allocate_is_one_of_the_run(name):
+    optimizer = scheduled()
+    given_nothing(optimizer)
+    NOT_ONLY_TO_ALLOCATE[name](optimizer)
+    with quiet():
+        optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [1]
+
+
+def test_a_first_step_at_rate_0_without_a_schedule_is_one_of_the_run():
+    optimizer = make()
+    given_nothing(optimizer)
+    optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [1]

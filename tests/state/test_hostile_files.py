@@ -171,12 +171,14 @@ NOT_SCHEDULES = (
     [HUGE, *NUMBERS[1:]],
     torch.zeros(16),
     NUMBERS[:-1],
+    # more cycles than any number of steps
+    [*NUMBERS[:-1], 1e308],
 )
 # every number of a schedule, the shape's too, and what none of them may be
 NOT_SCHEDULES += tuple(
     [*NUMBERS[:i], value, *NUMBERS[i + 1 :]]
     for i in range(len(NUMBERS))
-    for value in (math.nan, math.inf, -7.5, "a", None)
+    for value in (math.nan, math.inf, -7.5, "a", None, HUGE)
     # a schedule may be of no length, and a shape that has no parameter does not look at it
     if not (value == -7.5 and NUMBERS[i] == 0)
 )

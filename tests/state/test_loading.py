@@ -16,6 +16,7 @@ from kit import (
     make_params,
     make_stock,
     scheduled,
+    silent,
     steps,
     through_a_file,
     torchs_part,
@@ -156,6 +157,29 @@ def test_betas_may_come_as_a_list():
     optimizer = scheduled()
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_file_without_betas_leaves_each_group_its_own():
+    source = scheduled()
+    steps(source, 0, 1)
+    state = source.state_dict()
+    del state["param_groups"][0]["betas"]
+    optimizer = scheduled([{"params": make_params(), "betas": (0.5, 0.75)}])
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+
+
+def test_a_schedule_may_stand_in_a_state_dict_as_it_is():
+    source, other = scheduled(), fusedlr.linear(total_steps=9)
+    steps(source, 0, 1)
+    state = source.state_dict()
+    state["fusedlr"]["groups"][0]["schedule"] = SCHEDULE
+    optimizer = scheduled()
+    with silent():
+        optimizer.load_state_dict(state)
+    state["fusedlr"]["groups"][0]["schedule"] = other
+    with pytest.warns(UserWarning, match="the checkpoint's run has 9 updates, this one 12"):
+        optimizer.load_state_dict(state)
 
 
 def test_a_write_before_loading_is_forgotten():

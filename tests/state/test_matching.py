@@ -13,6 +13,7 @@ import torch
 from kit import (
     PEAK,
     SCHEDULE,
+    counters,
     make,
     make_params,
     make_stock,
@@ -278,6 +279,28 @@ def test_plain_dicts_handed_over_one_at_a_time_make_one_update_each():
     assert ks(parts) == ks(whole) == [4, 4]
     assert bits(params_of(parts)) == bits(params_of(whole))
     assert [g["schedule"] for g in parts.param_groups] == [g["schedule"] for g in whole.param_groups]
+
+
+def test_every_part_of_a_group_goes_on_where_the_group_was():
+    optimizer = scheduled(groups="independent")
+    steps(optimizer, 0, 3)
+    (group,) = optimizer.param_groups
+    params = group["params"]
+    optimizer.param_groups = [{**group, "params": part} for part in (params[:2], params[2:])]
+    with silent():
+        step(optimizer, 3)
+    assert ks(optimizer) == [4, 4]
+    assert optimizer.metrics()["lr"].tolist() == [SCHEDULE.lr_at(3, PEAK)] * 2
+
+
+def test_the_count_of_a_group_that_is_gone_is_not_moved_on_by_a_graph_captured_before():
+    optimizer = two_groups()
+    steps(optimizer, 0, 2)
+    captured, group = counters(optimizer), optimizer.param_groups.pop()
+    step(optimizer, 2)
+    # what a replay does
+    captured.k += 1
+    assert group["k"] == 2
 
 
 def test_groups_that_are_gone_are_not_kept_alive():

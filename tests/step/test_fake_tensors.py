@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import fusedlr
+from fusedlr.backends import compiled
 
 OPTIONS = {
     "plain": {},
@@ -57,3 +58,16 @@ def test_a_run_without_values_has_the_shapes_and_rates_of_a_real_one(name, backe
         fake.step()
         assert len(fake.last_metrics()["step"]) == 2
     assert rates == want
+
+
+@pytest.mark.skipif(compiled.host is None, reason="the compiled watch is not built")
+def test_the_compiled_watch_is_not_asked_for_addresses_that_do_not_exist(monkeypatch):
+    def refuse(*given):
+        raise AssertionError("a fake tensor is watched")
+
+    monkeypatch.setattr(compiled.host, "Watch", refuse)
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(3))
+        optimizer = fusedlr.FusedAdamW([p], lr=0.1, backend="reference")
+        p.grad = torch.ones(3)
+        optimizer.step()

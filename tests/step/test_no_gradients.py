@@ -44,6 +44,27 @@ def test_one_gradient_is_enough(groups):
         step(optimizer, 1, missing=lambda k, i: i == 1)
 
 
+@pytest.mark.parametrize("schedule", [None, fusedlr.constant()], ids=str)
+def test_a_group_whose_parameters_are_exchanged_is_told_of_if_it_has_a_schedule(schedule):
+    """As by DeepSpeed's ZeRO stage 3, which makes one step per part of a group."""
+    optimizer = make(make_params(shapes=((2,),)), schedule=schedule)
+    step(optimizer)
+    optimizer.param_groups[0]["params"] = make_params(shapes=((2,),))
+    with recorded() as caught:
+        step(optimizer)
+    told = [
+        "group 0 holds none of the parameters that it had in the last step" in str(w.message) for w in caught
+    ]
+    assert told == ([] if schedule is None else [True])
+
+
+def test_an_optimizer_without_parameters_has_none_to_tell_of():
+    optimizer = make(make_params())
+    optimizer.param_groups[0]["params"].clear()
+    with silent():
+        optimizer.step()
+
+
 def test_a_warning_that_is_an_error_leaves_everything_as_it_was():
     optimizer = scheduled()
     with unchanged(optimizer), silent(), pytest.raises(UserWarning, match=NOTHING):

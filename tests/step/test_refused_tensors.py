@@ -21,6 +21,14 @@ def test_an_expanded_parameter_is_refused_before_anything_changes():
         optimizer.step()
 
 
+def test_a_single_element_shares_memory_with_no_other():
+    p, q = (nn.Parameter(x) for x in (torch.ones(1).as_strided((1,), (0,)), torch.ones(1)))
+    for optimizer in (make([p]), make([q])):
+        steps(optimizer, 0, 3)
+    assert p.stride() == (0,)
+    assert torch.equal(p, q)
+
+
 def sparse(p: nn.Parameter) -> None:
     p.grad = torch.ones_like(p).to_sparse()
 
@@ -64,14 +72,27 @@ def test_a_gradient_that_cannot_be_used_is_refused_before_anything_changes(spoil
     [
         (lambda: torch.ones(3, dtype=torch.complex64), "a parameter that is complex is not supported"),
         (lambda: torch.ones(3, device="meta"), "meta"),
+        (lambda: torch.ones(3, dtype=torch.int64), "a parameter of dtype torch.int64 cannot be optimized"),
     ],
-    ids=["complex", "meta"],
+    ids=["complex", "meta", "whole numbers"],
 )
 def test_a_parameter_that_cannot_be_trained_is_refused_when_it_has_a_gradient(tensor, message):
-    good, bad = make_params()[0], nn.Parameter(tensor())
+    good, bad = make_params()[0], nn.Parameter(tensor(), requires_grad=False)
     optimizer = make([good, bad])
     good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
     with unchanged(optimizer), pytest.raises(RuntimeError, match=f"parameter 1 of group 0, .*: .*{message}"):
+        optimizer.step()
+
+
+class GradientElsewhere(nn.Parameter):
+    """A parameter whose gradient lies on another device, as where its data was moved alone."""
+
+    grad = property(lambda self: torch.ones(3, device="meta"))  # type: ignore[assignment]
+
+
+def test_a_gradient_on_another_device_is_refused():
+    optimizer = make([GradientElsewhere(torch.ones(3))])
+    with unchanged(optimizer), pytest.raises(RuntimeError, match="is on meta but the parameter is on cpu"):
         optimizer.step()
 
 

@@ -7,6 +7,7 @@ import gc
 import math
 import operator
 import weakref
+from collections import UserDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -356,6 +357,14 @@ def test_state_that_is_no_dict_raises():
     optimizer.state[params_of(optimizer)[0]] = [1]  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="its state is a list, expected a dict"):
         optimizer.step()
+
+
+def test_state_whose_entries_another_mapping_makes_is_refused_in_words():
+    optimizer = make("cpu")
+    optimizer.state = defaultdict(UserDict)  # type: ignore[assignment]
+    step(optimizer)
+    with pytest.raises(RuntimeError, match="its state is a UserDict, expected a dict"):
+        step(optimizer)
 
 
 class InterruptedParameter(torch.nn.Parameter):
