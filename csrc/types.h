@@ -83,6 +83,48 @@ FUSEDLR_HD void store(F16& to, float x) {
 #endif
 }
 
+// The fp32 value of a 16-bit parameter, of which the state has the rest: reference.fp32_value and
+// split_value. For bf16 that is the low half of the bits; the parameter is the value rounded to nearest, ties
+// away from zero.
+struct Low16 {
+    uint16_t bits;
+};
+
+// what the state may have of the fp32 value of a parameter of type P; of an fp32 one it has nothing
+template <class P>
+struct RestOf {
+    using Type = Low16;
+};
+template <>
+struct RestOf<F16> {
+    using Type = float;
+};
+
+FUSEDLR_HD float load_whole(BF16 x, Low16 low) {
+    // a zero that was assigned from outside has no number below it
+    const uint32_t borrow = uint32_t(low.bits >> 15) & uint32_t((x.bits & 0x7fffu) != 0);
+    return float_of((uint32_t(x.bits) - borrow) << 16 | low.bits);
+}
+
+FUSEDLR_HD void store_whole(BF16& to, Low16& low, float x) {
+    const uint32_t bits = bits_of(x);
+    to.bits = uint16_t(x != x ? 0x7fc0u : (bits + 0x8000u) >> 16);
+    low.bits = uint16_t(x != x ? 0u : bits);
+}
+
+// for fp16 it is the value; one that does not round to the parameter has been replaced from outside
+FUSEDLR_HD float load_whole(F16 x, float master) {
+    F16 rounded;
+    store(rounded, master);
+    const float own = load(x);
+    return load(rounded) == own ? master : own;
+}
+
+FUSEDLR_HD void store_whole(F16& to, float& master, float x) {
+    store(to, x);
+    master = x;
+}
+
 // 16-bit parameters with fp64 moments are computed in double
 FUSEDLR_HD void store(BF16& to, double x) { store(to, float(x)); }
 FUSEDLR_HD void store(F16& to, double x) { store(to, float(x)); }

@@ -27,10 +27,11 @@ from fusedlr.groups import (
     scope_keys,
     shared_options,
 )
+from fusedlr.kept import MOMENTS, Kept
 from fusedlr.reference import is_fake, is_sharded
 from fusedlr.schedule import Schedule
 from fusedlr.sharded import whole_to_part
-from fusedlr.step import State, dtype_of_state
+from fusedlr.step import State
 from fusedlr.tensors import spread_misfit
 from fusedlr.warn import warn
 
@@ -204,7 +205,7 @@ def read_matching(
     return loaded, IncompatibleKeys(missing, [name for name in there if name not in used])
 
 
-def apply_state(loaded: Loaded, ours: State, state_dtype: str | None) -> dict[Any, Any]:
+def apply_state(loaded: Loaded, ours: State, kept: Kept) -> dict[Any, Any]:
     """A new `state` mapping; tensors that fit are kept and filled, so that captured addresses stay valid."""
     # torch keeps entries that belong to no parameter
     state = dict(loaded.others)
@@ -216,9 +217,10 @@ def apply_state(loaded: Loaded, ours: State, state_dtype: str | None) -> dict[An
             if id(value) in live and value is not current[p].get(key) and isinstance(value, Tensor):
                 entry[key] = value.clone()
     for p, entry in loaded.entries.items():
-        dtype = dtype_of_state(p, state_dtype)
         state[p] = {
-            key: _loaded_value(p, key, value, current[p].get(key), dtype) for key, value in entry.items()
+            key: _loaded_value(p, key, value, current[p].get(key), kept)
+            for key, value in entry.items()
+            if key in MOMENTS or key not in STATE or _is_of(p, key, value, kept)
         }
     return state
 
@@ -454,7 +456,8 @@ def _misfit(p: Tensor, entry: Any) -> str | None:
             continue
         if not isinstance(value, Tensor):
             return f"its loaded {key} is a {type(value).__name__}, expected a tensor"
-        if value.device.type == "meta" or value.dtype not in _STATE_DTYPES:
+        numbers = _STATE_DTYPES if key in MOMENTS else (*_STATE_DTYPES, torch.int16)
+        if value.device.type == "meta" or value.dtype not in numbers:
             return f"its loaded {key} is {value.dtype} on {value.device}, expected numbers"
         if value.layout != torch.strided:
             return f"its loaded {key} is of layout {value.layout}, expected a dense tensor"
@@ -488,13 +491,22 @@ def _step_misfit(step: Any) -> str | None:
     return None
 
 
-def _loaded_value(p: Tensor, key: str, value: Any, old: Any, dtype_of_moments: torch.dtype) -> Any:
+def _is_of(p: Tensor, key: str, value: Tensor, kept: Kept) -> bool:
+    """Whether what a file has of an fp32 value can be used: stock AdamW casts what it does not know."""
+    return (
+        kept.master_weights
+        and STATE[key].of == str(p.dtype).removeprefix("torch.")
+        and kept.fits(key, value, p)
+    )
+
+
+def _loaded_value(p: Tensor, key: str, value: Any, old: Any, kept: Kept) -> Any:
     if key == "step":
         # neither in a default dtype nor on a default device that the caller may have set
         given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
         new, dtype = given.reshape(()), torch.float32
     elif key in STATE:
-        new, dtype = whole_to_part(value, p), torch.promote_types(value.dtype, dtype_of_moments)
+        new, dtype = whole_to_part(value, p), torch.promote_types(value.dtype, kept.dtype(key, p))
     else:
         return value
     fits = (

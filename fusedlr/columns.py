@@ -1,12 +1,30 @@
 """The names that Python, C++, CUDA and Triton share: what is kept per tensor, and the columns of every table.
 
-`header` writes them for csrc/, where they are the generated columns.h. Nothing is imported here: setup.py
-reads this file before there is torch.
+`header` writes them for csrc/, where they are the generated columns.h. torch is not imported here: setup.py
+reads this file before there is one.
 """
 
-# What the optimizer keeps per parameter in `optimizer.state`, beside `step`: name -> the option of its param
-# group under which there is such a tensor; None where there always is one.
-STATE: dict[str, str | None] = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
+from typing import NamedTuple
+
+
+class KeptTensor(NamedTuple):
+    """A tensor that the optimizer keeps per parameter."""
+
+    option: str | None = None  # under which there is one; None where there always is
+    of: str | None = None  # dtype of the parameters that have one; None: all have
+    dtype: str | None = None  # its own; None: that of the moments
+
+
+# What there is per parameter in `optimizer.state`, beside `step`. The last two are what a 16-bit parameter
+# lacks of its value in fp32: the low half of its bits, or all of it.
+STATE = {
+    "exp_avg": KeptTensor(),
+    "exp_avg_sq": KeptTensor(),
+    "max_exp_avg_sq": KeptTensor("amsgrad"),
+    "param_remainder": KeptTensor("master_weights", "bfloat16", "int16"),
+    "master_param": KeptTensor("master_weights", "float16", "float32"),
+}
+_BYTES = {None: 0, "int16": 2, "float32": 4}
 
 # Elements per chunk of a tensor, which is the work of one program on a GPU. Its own part of the traffic, 112
 # KiB in fp32, is some 30 times what it reads to get there, and tensors of a few thousand elements still
@@ -63,12 +81,15 @@ _STRUCTS = {
 
 def header() -> str:
     """The same names in C++: an index for every tensor of the state, a struct for the rows of every table."""
+    sizes = ", ".join(str(_BYTES[kept.dtype]) for kept in STATE.values())
     lines = [
         "// Generated from fusedlr/columns.py.",
         "#pragma once",
         "#include <cstdint>",
         "namespace fusedlr {",
         f"enum State : int {{ {', '.join(f'k_{name}' for name in STATE)}, kStates }};",
+        "// bytes of an element, 0 for those of the moments' type",
+        f"constexpr int kStateBytes[kStates] = {{{sizes}}};",
         f"constexpr int64_t kChunkElements = {CHUNK};",
     ]
     for struct, (type_, names) in _STRUCTS.items():

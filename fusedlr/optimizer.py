@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ from fusedlr.groups import (
     skips_nonfinite,
     warn_absolute,
 )
+from fusedlr.kept import Kept
 from fusedlr.planner import NO_SIGNALS, Planner, choose_backend
-from fusedlr.reference import Signals
+from fusedlr.reference import Signals, fp32_value
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
 from fusedlr.step import device_of
@@ -69,6 +70,9 @@ class FusedAdamW(Optimizer):
         amp_scaling: take part in `torch.amp.GradScaler`'s protocol for fused optimizers.
         state_dtype: None keeps fp32 moments for bf16 and fp16 parameters; `"param"` keeps them in the
             parameter's dtype, as torch.
+        master_weights: train bf16 and fp16 parameters exactly as fp32 ones on the same gradients: what they
+            lack of their fp32 values is kept in the state, 2 bytes per bf16 and 4 per fp16 parameter. See
+            `master_parameters`.
         backend: `"auto"` or a name from `fusedlr.backends`; a backend that cannot run raises and says why.
         process_group: processes that hold different parts of the model in plain tensors, as pipeline stages
             do: their norms are added. Not needed for DTensors, whose meshes say over which processes to add.
@@ -109,6 +113,7 @@ class FusedAdamW(Optimizer):
         groups: str = "joint",
         amp_scaling: bool = True,
         state_dtype: str | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
         process_group: Any = None,
         maximize: bool = False,
@@ -129,7 +134,7 @@ class FusedAdamW(Optimizer):
             "nonfinite": nonfinite,
             "groups": groups,
             "amp_scaling": arguments.flag("amp_scaling", amp_scaling),
-            "state_dtype": state_dtype,
+            "kept": Kept(state_dtype, arguments.flag("master_weights", master_weights)),
             "backend": backends.check_name(backend),
             "process_group": process_group,
             "only": None,
@@ -276,6 +281,27 @@ class FusedAdamW(Optimizer):
                     p.grad.zero_()
         if grads:
             torch._foreach_zero_(grads)
+
+    @torch.no_grad()
+    def master_parameters(self) -> Iterator[Tensor]:
+        """What the parameters are in full, in the order of `param_groups`, to merge or save them exactly.
+
+        With `master_weights`, of bf16 and fp16 parameters the fp32 values that steps compute with.
+
+        Returns:
+            An iterator over new tensors of the parameters' shapes, fp32, or fp64 for fp64 parameters.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> optimizer = fusedlr.FusedAdamW([p], lr=0.001, weight_decay=0, master_weights=True)
+        >>> p.grad = torch.ones_like(p)
+        >>> optimizer.step()
+        >>> p.item(), round(next(optimizer.master_parameters()).item(), 4)
+        (1.0, 0.999)
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield fp32_value(p, self.state.get(p) or {}).clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its schedule starts at step 0, or with `"join": True` where the run is now.
@@ -499,7 +525,7 @@ class FusedAdamW(Optimizer):
         counts, state = self._counts, type(self.state)(dict)
         if not strict:
             state.update(self.state)
-        state.update(checkpoint.apply_state(loaded, self.state, self._settings["state_dtype"]))
+        state.update(checkpoint.apply_state(loaded, self.state, self._settings["kept"]))
         groups = loaded.groups if strict else self.param_groups
         self.__setstate__({"state": state, "param_groups": groups})
         counts.adopt(self.param_groups)
@@ -547,7 +573,7 @@ class FusedAdamW(Optimizer):
         indices, groups = self._groups_of(name)
         loaded = scope_state.read(name, groups, state_dict)
         with self._lock:
-            scope_state.put(loaded, groups, self.state, self._settings["state_dtype"])
+            scope_state.put(loaded, groups, self.state, self._settings["kept"])
             self._notes.changed = True
             skipped = loaded.skipped or [0] * len(groups)
             at = zip(indices, zip(loaded.k, skipped, strict=True), strict=True)

@@ -93,18 +93,18 @@ class Planner:
         if backend.name == "reference" and backends.requested(self._settings["backend"])[0] == "auto":
             self._warn_once("fallback", backends.warn_fallback, devices_of(groups))
         # what is not a number raises here, before any group has been updated
-        options, state_dtype = self._new_options(groups), self._settings["state_dtype"]
+        options, kept = self._new_options(groups), self._settings["kept"]
         self._warn_once("gradients", warn_without_gradients, groups)
         layout = Layout.of(candidates(groups, state), self._settings["process_group"])
         if may_only_allocate and only_allocates(groups, state, self._notes, layout):
-            allocate(groups, state, options, self._updates, state_dtype)
+            allocate(groups, state, options, self._updates, kept)
             self._notes.clear()
             self._notes.changed = True
             return None
-        if self.is_capturing() and not is_allocated(groups, state, self._updates, state_dtype):
+        if self.is_capturing() and not is_allocated(groups, state, self._updates, kept):
             # tensors allocated while a CUDA graph is captured have no values until it is replayed
             raise RuntimeError(_ALLOCATE_BEFORE_CAPTURE)
-        given = self._counts, self._updates, backend, state_dtype, layout
+        given = self._counts, self._updates, backend, kept, layout
         try:
             self.plan = prepare(groups, state, options, *given)
         except Exception:

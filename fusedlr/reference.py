@@ -8,7 +8,7 @@ A step has two stages, `norm_` and `update_`; between them the scopes' sums of s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -468,12 +468,13 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     Arithmetic is in fp32, in fp64 for fp64 parameters; scalars are made in fp64 and rounded once. Every
     operation rounds correctly but one: torch's fp32 `sqrt` on the CPU may be an ulp off, as MKL's is (of
     2**22 numbers between 0 and 1 a fifth on an AMD EPYC, torch 2.13). The compiled steps round it correctly.
-    `bc = 1 - b**t` is written as `-expm1(t*log(b))`, which keeps its digits at small `t`.
+    `bc = 1 - b**t` is written as `-expm1(t*log(b))`, which keeps its digits at small `t`. A 16-bit parameter
+    whose state has the rest of its fp32 value is updated in fp32.
     """
     assert row.grad is not None
     b1, b2 = group.betas
     state = row.state
-    p, m, v = _compute(row.param), _compute(state["exp_avg"]), _compute(state["exp_avg_sq"])
+    p, m, v = fp32_value(row.param, state), _compute(state["exp_avg"]), _compute(state["exp_avg_sq"])
     device, dtype = p.device, p.dtype
     lr, skip = move(lr, device), move(skip, device)
 
@@ -498,10 +499,52 @@ def adamw_(row: Row, group: GroupStep, lr: Tensor, factor: Tensor | None, skip: 
     denominator = divisor.sqrt() / bc2.sqrt().to(dtype) + group.eps
     p = p - (lr / bc1).to(dtype) * (m / denominator)
 
+    new_param, rest = split_value(p, row.param.dtype, state)
+    new.update(rest)
     # `where` and not a product: what a skipped step computed may be nan
-    for old, value in ((row.param, p), *((state[name], value) for name, value in new.items())):
+    for old, value in ((row.param, new_param), *((state[name], value) for name, value in new.items())):
         old.copy_(torch.where(skip, old, value.to(old.dtype)))
     row.step.copy_(t)
+
+
+def fp32_value(p: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """What a step computes with for a parameter: its fp32 value, of which the state may have a part.
+
+    bf16 with `param_remainder`, the low 16 bits of the fp32 number: the parameter is that number rounded to
+    nearest, ties away from zero, so its bits are the high 16 bits, plus one where the top bit of the
+    remainder is set. fp16 with `master_param`, the number itself; it is replaced where it does not round to
+    the parameter, because that has been assigned from outside then.
+    """
+    p = p.detach()
+    if "param_remainder" in state:
+        high, low = p.view(torch.int16).int() & 0xFFFF, state["param_remainder"].int() & 0xFFFF
+        # a zero that was assigned from outside has no number below it
+        borrow = (low >> 15) * ((high & 0x7FFF) != 0)
+        return (((high - borrow) << 16) | low).view(torch.float32)
+    if "master_param" in state:
+        master = state["master_param"]
+        return torch.where(master.to(p.dtype) == p, master, p.float())
+    return _compute(p)
+
+
+def split_value(
+    x: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A parameter of this dtype for a number that a step has computed, and what the state has of it."""
+    if "param_remainder" in state:
+        x = x.float()
+        bits = x.view(torch.int32).long() & 0xFFFFFFFF
+        high = torch.where(x.isnan(), 0x7FC0, (bits + 0x8000) >> 16 & 0xFFFF)
+        low = torch.where(x.isnan(), 0, bits & 0xFFFF)
+        return _int16(high).view(dtype), {"param_remainder": _int16(low)}
+    if "master_param" in state:
+        return x.to(dtype), {"master_param": x.float()}
+    return x, {}
+
+
+def _int16(x: Tensor) -> Tensor:
+    """The signed number with the bits of an unsigned one of 16 bits."""
+    return (x - (x >> 15 << 16)).to(torch.int16)
 
 
 def _compute(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fusedlr import arguments, checkpoint
 from fusedlr.checkpoint import Loaded
 from fusedlr.columns import STATE
 from fusedlr.groups import OWN_KEYS, ParamGroup, ScopeKey, check_rates, has_schedule
+from fusedlr.kept import Kept
 from fusedlr.peft_names import adapter_of, without_adapter
 from fusedlr.reference import Scope, local
 from fusedlr.schedule import Schedule, check_schedule
@@ -108,11 +109,11 @@ def _in_our_order(i: int, key: ScopeKey, mine: ParamGroup, theirs: Any) -> Any:
     return {**theirs, "params": [place[name] for name in ours], "param_names": list(mine["param_names"])}
 
 
-def put(loaded: Loaded, groups: Sequence[ParamGroup], state: State, state_dtype: str | None) -> None:
+def put(loaded: Loaded, groups: Sequence[ParamGroup], state: State, kept: Kept) -> None:
     """Give these groups the options, moments and counts of tensors that were loaded; not their `k`."""
     params = [p for group in groups for p in group["params"]]
     clear([p for p in params if p not in loaded.entries], state)
-    put_state = checkpoint.apply_state(loaded, state, state_dtype)
+    put_state = checkpoint.apply_state(loaded, state, kept)
     state.update((p, put_state[p]) for p in loaded.entries)
     for group, new, own in zip(groups, loaded.groups, loaded.own, strict=True):
         for name, value in new.items():

@@ -19,6 +19,7 @@ from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Options, parameter_name
+from fusedlr.kept import MOMENTS, Kept, options_of_groups
 from fusedlr.reference import Counters, Inputs, Row, Signals, Stepper, is_fake
 from fusedlr.sharded import Layout, ReducingStepper
 from fusedlr.tensors import SHARDED, gradient_misfit, state_misfit
@@ -47,7 +48,7 @@ class Plan:
     """All that was found for one set of tensors and groups."""
 
     groups: list[Any]  # kept, so that none of them can be mistaken for a later one
-    names: list[tuple[str, ...]]  # per group, what the state of its parameters has
+    chosen: list[tuple[Any, ...]]  # per group, the options that decide what is kept of its parameters
     counters: Counters
     rows: list[Row]
     watch: Watch
@@ -58,7 +59,7 @@ class Plan:
         """Whether the stepper can take other options of these groups: it has the addresses of state and
         counters.
         """
-        return counters is self.counters and list(map(names_of_state, groups)) == self.names
+        return counters is self.counters and options_of_groups(groups) == self.chosen
 
 
 class UncompiledWatch(StepInputs):
@@ -86,7 +87,7 @@ def prepare(
     counts: Counts,
     updates: UpdateCounts,
     backend: Backend,
-    state_dtype: str | None,
+    kept: Kept,
     layout: Layout | None = None,
 ) -> Plan:
     """The plan of a step on these groups: a row for every parameter that has a gradient or has had one.
@@ -97,19 +98,18 @@ def prepare(
     Raises:
         RuntimeError: a gradient or state entry does not fit its parameter. Nothing has been changed then.
     """
-    found = allocate(groups, state, options, updates, state_dtype)
+    found = allocate(groups, state, options, updates, kept)
     counts.place_on(device_of(groups, counts.counters.k.device), fp32=backend.single)
     rows = []
     for i, (group, params) in enumerate(zip(groups, found, strict=True)):
-        names = names_of_state(group)
-        rows += [Row(i, p, state, names, layout is None or layout.counts(p)) for p in params]
+        rows += [Row(i, p, state, kept.names(p, group), layout is None or layout.counts(p)) for p in params]
     watch = _watch(groups, state, rows)
     stepper = backend.prepare(rows, counts.counters, watch)
     if layout is not None:
         stepper = ReducingStepper(stepper, layout, rows, counts.counters, watch)
     stepper.assign(options.groups, options.scopes)
-    names_of_groups = list(map(names_of_state, groups))
-    return Plan(list(groups), names_of_groups, counts.counters, rows, watch, stepper, layout)
+    chosen = options_of_groups(groups)
+    return Plan(list(groups), chosen, counts.counters, rows, watch, stepper, layout)
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def allocate(
     state: State,
     options: Options,
     updates: UpdateCounts,
-    state_dtype: str | None,
+    kept: Kept,
 ) -> list[list[Tensor]]:
     """Per group the parameters of a step, after everything is checked and their state is complete."""
     found = [[p for p in group["params"] if p.grad is not None or state.get(p)] for group in groups]
@@ -165,19 +165,15 @@ def allocate(
                 raise RuntimeError(f"{parameter_name(group, i, p)}: {reason}")
     for group, params in zip(groups, found, strict=True):
         for p in params:
-            _complete(p, state[p], group, dtype_of_state(p, state_dtype))
+            _complete(p, state[p], group, kept)
     updates.place(list(candidates(groups, state)), state)
     return found
 
 
-def is_allocated(
-    groups: list[dict[str, Any]], state: State, updates: UpdateCounts, state_dtype: str | None
-) -> bool:
+def is_allocated(groups: list[dict[str, Any]], state: State, updates: UpdateCounts, kept: Kept) -> bool:
     """Whether `allocate` would make nothing new."""
     return updates.has_all(list(candidates(groups, state)), state) and all(
-        _is_complete(state[p], group, dtype_of_state(p, state_dtype))
-        for group in groups
-        for p in candidates([group], state)
+        _is_complete(p, state[p], group, kept) for group in groups for p in candidates([group], state)
     )
 
 
@@ -202,31 +198,21 @@ def devices_of(groups: list[dict[str, Any]]) -> Iterable[torch.device]:
     return dict.fromkeys(p.device for p in candidates(groups, {}))
 
 
-def dtype_of_state(p: Tensor, state_dtype: str | None) -> torch.dtype:
-    """Dtype of the moments of `p`: fp32 for 16-bit parameters, unless they follow the parameter."""
-    return p.dtype if state_dtype == "param" or p.dtype == torch.float64 else torch.float32
+def _is_complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], kept: Kept) -> bool:
+    return all(kept.fits(name, entry.get(name), p) for name in kept.names(p, group))
 
 
-def names_of_state(group: dict[str, Any]) -> tuple[str, ...]:
-    """The tensors that the state of this group's parameters has beside `step`."""
-    return tuple(name for name, option in STATE.items() if option is None or group[option])
-
-
-def _is_complete(entry: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> bool:
-    kept = [entry.get(name) for name in names_of_state(group)]
-    return all(isinstance(x, Tensor) and x.dtype == torch.promote_types(x.dtype, dtype) for x in kept)
-
-
-def _complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> None:
-    for name in names_of_state(group):
-        if name not in entry:
-            entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+def _complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], kept: Kept) -> None:
+    for name in kept.names(p, group):
+        if name not in entry or not (name in MOMENTS or kept.fits(name, entry[name], p)):
+            entry[name] = kept.new(name, p)
         # made under torch.inference_mode, and not to be written elsewhere
         elif entry[name].is_inference():
-            entry[name] = entry[name].to(torch.promote_types(entry[name].dtype, dtype), copy=True)
+            wider = torch.promote_types(entry[name].dtype, kept.dtype(name, p))
+            entry[name] = entry[name].to(wider, copy=True)
         # a model made fp64 after its first step has fp32 moments
-        elif entry[name].dtype != torch.promote_types(entry[name].dtype, dtype):
-            entry[name] = entry[name].to(dtype)
+        elif not kept.fits(name, entry[name], p):
+            entry[name] = entry[name].to(kept.dtype(name, p))
 
 
 def _watch(groups: list[dict[str, Any]], state: State, rows: list[Row]) -> Watch:

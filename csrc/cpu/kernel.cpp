@@ -5,6 +5,7 @@
 #include "kernel.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace fusedlr {
 namespace FUSEDLR_ISA {
@@ -59,7 +60,8 @@ double sum_of_squares(const Span& span, double factor) {
     return total;
 }
 
-template <class P, class M, bool AMSGRAD>
+// Rest is RestOf<P> where the state has it, else void*
+template <class P, class M, bool AMSGRAD, class Rest>
 void update(const Span& span, const Scalars<double>& scalars) {
     using R = typename Wider<P, M>::type;
     P* const ps = reinterpret_cast<P*>(span.p);
@@ -67,46 +69,62 @@ void update(const Span& span, const Scalars<double>& scalars) {
     M* const ms = reinterpret_cast<M*>(span.state[k_exp_avg]);
     M* const vs = reinterpret_cast<M*>(span.state[k_exp_avg_sq]);
     M* const v_maxs = reinterpret_cast<M*>(span.state[k_max_exp_avg_sq]);
+    Rest* const rests =
+        reinterpret_cast<Rest*>(span.state[std::is_same<P, F16>() ? k_master_param : k_param_remainder]);
     const Scalars<R> s = rounded<R>(scalars);
     // an element depends on none but its own, whatever the tensors share
 #pragma GCC ivdep
     for (int64_t i = 0; i < span.n; ++i) {
-        R p = load(ps[i]), m = load(ms[i]), v = load(vs[i]);
+        R p, m = load(ms[i]), v = load(vs[i]);
+        if constexpr (std::is_same<Rest, void*>())
+            p = load(ps[i]);
+        else
+            p = load_whole(ps[i], rests[i]);
         R v_max = AMSGRAD ? R(load(v_maxs[i])) : R(0);
         adamw<R>(p, load(gs[i]), m, v, AMSGRAD ? &v_max : nullptr, s);
-        store(ps[i], p), store(ms[i], m), store(vs[i], v);
+        if constexpr (std::is_same<Rest, void*>())
+            store(ps[i], p);
+        else
+            store_whole(ps[i], rests[i], float(p));
+        store(ms[i], m), store(vs[i], v);
         if (AMSGRAD) store(v_maxs[i], v_max);
     }
 }
 
-template <class P, class M>
+template <class P, class M, class Rest>
 Update update_with(bool amsgrad) {
-    return amsgrad ? update<P, M, true> : update<P, M, false>;
+    return amsgrad ? update<P, M, true, Rest> : update<P, M, false, Rest>;
 }
 
 // moments are fp64, fp32 or of the parameter's type
-template <class P>
+template <class P, class Rest>
 Update update_with(Type state, bool amsgrad) {
     switch (state) {
         case kF64:
-            return update_with<P, double>(amsgrad);
+            return update_with<P, double, Rest>(amsgrad);
         case kF32:
-            return update_with<P, float>(amsgrad);
+            return update_with<P, float, Rest>(amsgrad);
         default:
-            return update_with<P, P>(amsgrad);
+            return update_with<P, P, Rest>(amsgrad);
     }
 }
 
-Update update_for(Type param, Type state, bool amsgrad) {
+template <class P>
+Update update_with(Type state, bool amsgrad, bool master) {
+    return master ? update_with<P, typename RestOf<P>::Type>(state, amsgrad)
+                  : update_with<P, void*>(state, amsgrad);
+}
+
+Update update_for(Type param, Type state, bool amsgrad, bool master) {
     switch (param) {
         case kF64:
-            return update_with<double>(state, amsgrad);
+            return update_with<double, void*>(state, amsgrad);
         case kF32:
-            return update_with<float>(state, amsgrad);
+            return update_with<float, void*>(state, amsgrad);
         case kBF16:
-            return update_with<BF16>(state, amsgrad);
+            return update_with<BF16>(state, amsgrad, master);
         default:
-            return update_with<F16>(state, amsgrad);
+            return update_with<F16>(state, amsgrad, master);
     }
 }
 

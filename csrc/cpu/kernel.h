@@ -22,8 +22,9 @@ struct Kernel {
     // the function that sums the squares of factor * g: squares and short sums are fp32 (fp64 for fp64
     // tensors), with the same bits on every instruction set
     SumOfSquares (*sum_of_squares)(Type param);
-    // the function that updates a tensor, with or without a maximum of the second moments
-    Update (*update)(Type param, Type state, bool amsgrad);
+    // the function that updates a tensor, with or without a maximum of the second moments, and a 16-bit one
+    // with or without the rest of its fp32 value
+    Update (*update)(Type param, Type state, bool amsgrad, bool master);
 };
 
 namespace baseline {

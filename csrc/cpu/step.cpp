@@ -41,8 +41,11 @@ Stepper::Stepper(std::vector<Row> rows, size_t groups, const Counters& counters,
     : rows_(std::move(rows)), counters_(counters), groups_(groups) {
     for (const Row& row : rows_) {
         const bool amsgrad = row.states[k_max_exp_avg_sq];
-        tensors_.push_back(
-            {kernel.sum_of_squares(row.param), kernel.update(row.param, row.state, amsgrad), false, {}});
+        const bool master = row.states[k_param_remainder] || row.states[k_master_param];
+        tensors_.push_back({kernel.sum_of_squares(row.param),
+                            kernel.update(row.param, row.state, amsgrad, master),
+                            false,
+                            {}});
         chunk_of_.push_back(chunks_.size());
         for (int64_t begin = 0; begin < row.size; begin += kChunk) {
             const int64_t n = std::min(kChunk, row.size - begin);
@@ -189,10 +192,12 @@ void Stepper::decide(const Inputs& inputs) {
 Span Stepper::span(const Chunk& chunk, uintptr_t gradient) const {
     const Row& row = rows_[chunk.row];
     const uintptr_t param = uintptr_t(chunk.begin * size_of(row.param));
-    const uintptr_t state = uintptr_t(chunk.begin * size_of(row.state));
     Span span = {
         reinterpret_cast<char*>(row.p + param), reinterpret_cast<char*>(gradient + param), {}, chunk.n};
-    for (int i = 0; i < kStates; ++i) span.state[i] = reinterpret_cast<char*>(row.states[size_t(i)] + state);
+    for (int i = 0; i < kStates; ++i) {
+        const int64_t bytes = kStateBytes[i] ? kStateBytes[i] : size_of(row.state);
+        span.state[i] = reinterpret_cast<char*>(row.states[size_t(i)] + uintptr_t(chunk.begin * bytes));
+    }
     return span;
 }
 

@@ -22,7 +22,7 @@ struct Schedule {
 // one tensor, its group, and the addresses that stay from step to step
 struct Row {
     size_t group;
-    Type param, state;  // types
+    Type param, state;  // types of the parameter and of its moments
     int64_t size;       // elements
     uintptr_t p;
     std::array<uintptr_t, kStates> states;  // in the order of State; 0 where the tensor has none

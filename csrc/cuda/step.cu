@@ -1,5 +1,6 @@
 // The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. NVRTC compiles it
-// for the GPU at hand: see fusedlr/backends/gpu/kernels.py. P is the type of parameters, M that of moments.
+// for the GPU at hand: see fusedlr/backends/gpu/kernels.py. P is the type of parameters, M that of moments;
+// with MASTER the state has the rest of the parameters' fp32 values.
 //
 // A block has one chunk of one tensor. Its first thread finds out what holds for the chunk while the others
 // fetch it. The last block of all adds up the sums of squares, or moves the counters: nothing needs the host.
@@ -165,11 +166,14 @@ __device__ int wide_elements(const Place& place, uint64_t addresses, int each) {
     return addresses % 16 ? 0 : int(place.count / each * each);
 }
 
-template <class P, class M, bool AMSGRAD>
+template <class P, class M, bool AMSGRAD, bool MASTER>
 struct Arrays {
+    using Rest = typename RestOf<P>::Type;
+
     P* p;
     const P* g;
     M *m, *v, *v_max;
+    Rest* rest;
 
     Arrays() = default;
     __device__ explicit Arrays(const Place& at)
@@ -179,22 +183,33 @@ struct Arrays {
           v(pointer<M>(uint64_t(at.row->exp_avg_sq)) + at.begin),
           // a group without amsgrad may share the launch
           v_max(AMSGRAD && at.row->max_exp_avg_sq ? pointer<M>(uint64_t(at.row->max_exp_avg_sq)) + at.begin
-                                                  : nullptr) {}
+                                                  : nullptr),
+          rest(MASTER ? pointer<Rest>(rest_of(*at.row)) + at.begin : nullptr) {}
+
+    // the address of what the state has of the parameter's fp32 value; a parameter has one of the two
+    static __device__ uint64_t rest_of(const TensorRow& row) {
+        return MASTER ? uint64_t(row.param_remainder | row.master_param) : 0;
+    }
 };
 
 // n elements, in registers
-template <class P, class M, bool AMSGRAD, int n>
+template <class P, class M, bool AMSGRAD, bool MASTER, int n>
 struct Elements {
+    using From = Arrays<P, M, AMSGRAD, MASTER>;
+
     P p[n], g[n];
     M m[n], v[n], v_max[n];
+    typename From::Rest rest[n];
 
-    __device__ void read(const Arrays<P, M, AMSGRAD>& from, int i) {
+    __device__ void read(const From& from, int i) {
         fetch(p, from.p + i), fetch(g, from.g + i), fetch(m, from.m + i), fetch(v, from.v + i);
+        if (MASTER) fetch(rest, from.rest + i);
         if (AMSGRAD && from.v_max) fetch(v_max, from.v_max + i);
     }
 
-    __device__ void write(const Arrays<P, M, AMSGRAD>& to, int i) const {
+    __device__ void write(const From& to, int i) const {
         put(to.p + i, p), put(to.m + i, m), put(to.v + i, v);
+        if (MASTER) put(to.rest + i, rest);
         if (AMSGRAD && to.v_max) put(to.v_max + i, v_max);
     }
 
@@ -202,10 +217,18 @@ struct Elements {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             // a tensor without a maximum may share the launch: it is below every v then
-            float p32 = load(p[i]), m32 = load(m[i]), v32 = load(v[i]), v_max32 = -1;
+            float p32, m32 = load(m[i]), v32 = load(v[i]), v_max32 = -1;
+            if constexpr (MASTER)
+                p32 = load_whole(p[i], rest[i]);
+            else
+                p32 = load(p[i]);
             if (AMSGRAD && amsgrad) v_max32 = load(v_max[i]);
             adamw<float>(p32, load(g[i]), m32, v32, AMSGRAD ? &v_max32 : nullptr, s);
-            store(p[i], p32), store(m[i], m32), store(v[i], v32);
+            if constexpr (MASTER)
+                store_whole(p[i], rest[i], p32);
+            else
+                store(p[i], p32);
+            store(m[i], m32), store(v[i], v32);
             if (AMSGRAD) store(v_max[i], v_max32);
         }
     }
@@ -213,15 +236,24 @@ struct Elements {
   private:
     // several at once only where that is asked for: n is 1 for tensors that are not aligned
     template <class T>
+    static constexpr int each = sizeof(T) * n > 16 ? int(16 / sizeof(T)) : n;
+
+    template <class T>
     static __device__ void fetch(T* to, const T* from) {
-        const auto x = read_global(reinterpret_cast<const Wide<T, n>*>(from));
-        std::memcpy(to, &x, sizeof(x));
+#pragma unroll
+        for (int i = 0; i < n; i += each<T>) {
+            const auto x = read_global(reinterpret_cast<const Wide<T, each<T>>*>(from + i));
+            std::memcpy(to + i, &x, sizeof(x));
+        }
     }
     template <class T>
     static __device__ void put(T* to, const T* from) {
-        Wide<T, n> x;
-        std::memcpy(&x, from, sizeof(x));
-        write_global(reinterpret_cast<Wide<T, n>*>(to), x);
+#pragma unroll
+        for (int i = 0; i < n; i += each<T>) {
+            Wide<T, each<T>> x;
+            std::memcpy(&x, from + i, sizeof(x));
+            write_global(reinterpret_cast<Wide<T, each<T>>*>(to + i), x);
+        }
     }
 };
 
@@ -329,7 +361,8 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
 
 }  // namespace
 
-// the sum of squares of the unscaled gradients of every scope that needs a norm
+// The sum of squares of the unscaled gradients of every scope that needs a norm. Four elements after the
+// other are added first, whatever their type and where they lie: equal numbers have sums of equal bits.
 template <class P, int N>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Launch<N> launch) {
     constexpr int kEach = 16 / sizeof(P), kRounds = kChunkElements / kEach / kThreads;
@@ -351,19 +384,38 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
         const int i = (r * kThreads + thread) * kEach;
         if (i < wide) fetched[r] = read_global(reinterpret_cast<const Wide<P, kEach>*>(g + i));
     }
-    float sum = 0;
+    float sums[2] = {};
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-        if ((r * kThreads + thread) * kEach >= wide) break;
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-            const float x = load(fetched[r].x[j]) * factor;
-            sum += x * x;
+        for (int h = 0; h < kEach / 4; ++h) {
+            const int i = (r * kThreads + thread) * kEach + 4 * h;
+            float squares = 0;
+            if (i < wide) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float x = load(fetched[r].x[4 * h + j]) * factor;
+                    squares += x * x;
+                }
+            } else {
+#pragma unroll 1
+                for (int j = i; j < i + 4 && j < count; ++j) {
+                    const float x = load(read_global(g + j)) * factor;
+                    squares += x * x;
+                }
+            }
+            sums[kEach == 4 ? r % 2 : h] += squares;
         }
     }
-    for (int i = wide + thread; i < count; i += kThreads) {
-        const float x = load(read_global(g + i)) * factor;
-        sum += x * x;
+    float sum;
+    if constexpr (kEach == 4) {
+        sum = sums[0] + sums[1];
+    } else {
+        // as of fp32 gradients, each thread adds what lies half of all fours apart
+        __shared__ float fours[2 * kThreads];
+        fours[2 * thread] = sums[0], fours[2 * thread + 1] = sums[1];
+        __syncthreads();
+        sum = fours[thread] + fours[thread + kThreads];
     }
     sum = block_sum(sum);
     __shared__ bool last;
@@ -376,7 +428,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 }
 
 // one optimizer step on the tensors of a bucket; the last block of all buckets counts it
-template <class P, class M, bool AMSGRAD, int N>
+template <class P, class M, bool AMSGRAD, bool MASTER, int N>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Launch<N> launch) {
     // 16 bytes of a moment, so that the accesses of neighbours touch
     constexpr int kEach = 16 / sizeof(M);
@@ -392,15 +444,16 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     const Place at = place(launch, chunk);
     // the first thread fetches its own elements after prepare(): it has no registers for both at once
     if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
-    Arrays<P, M, AMSGRAD> arrays = {};
-    Elements<P, M, AMSGRAD, kEach> elements;
+    Arrays<P, M, AMSGRAD, MASTER> arrays = {};
+    Elements<P, M, AMSGRAD, MASTER, kEach> elements;
     const int count = int(at.count);
     int wide = 0, i = thread * kEach;
     if (count) {
-        arrays = Arrays<P, M, AMSGRAD>(at);
+        arrays = Arrays<P, M, AMSGRAD, MASTER>(at);
         const uint64_t moments =
             at.row->exp_avg | at.row->exp_avg_sq | (AMSGRAD ? at.row->max_exp_avg_sq : 0);
-        wide = wide_elements(at, at.gradient | at.row->param | moments, kEach);
+        const uint64_t rest = Arrays<P, M, AMSGRAD, MASTER>::rest_of(*at.row);
+        wide = wide_elements(at, at.gradient | at.row->param | moments | rest, kEach);
         // on the way while the first thread computes
         if (i < wide) elements.read(arrays, i);
     }
@@ -416,7 +469,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
             if (i < wide) elements.read(arrays, i);
         }
         for (int j = wide + thread; j < count; j += kThreads) {
-            Elements<P, M, AMSGRAD, 1> one;
+            Elements<P, M, AMSGRAD, MASTER, 1> one;
             one.read(arrays, j);
             one.update(s, arrays.v_max);
             one.write(arrays, j);

@@ -20,6 +20,7 @@ from fusedlr.backends import compiled
 from fusedlr.backends.compiled import TYPES
 from fusedlr.backends.order import CopyingStepper, CountedGradients, has_memory, in_order
 from fusedlr.columns import STATE
+from fusedlr.kept import MOMENTS
 from fusedlr.reference import Counters, GroupStep, Inputs, Made, Row, Scope, Signals, Stepper
 from fusedlr.schedule import SHAPES, Schedule, whole_and_rest
 
@@ -164,7 +165,7 @@ def _address(x: Tensor | None) -> int:
 
 def _runs(row: Row) -> bool:
     """Whether there is a loop for these dtypes, and memory for it to read: some subclasses have none."""
-    grad, (dtype, *others) = row.grad, [x.dtype for x in row.state.values()]
+    grad, (dtype, *others) = row.grad, [x.dtype for name, x in row.state.items() if name in MOMENTS]
     return (
         row.param.dtype in TYPES
         and dtype in (torch.float64, torch.float32, row.param.dtype)

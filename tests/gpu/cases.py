@@ -54,11 +54,13 @@ def _both_betas(
     ]
 
 
-CLIP = {"max_grad_norm": 1.0}
+CLIP: dict[str, Any] = {"max_grad_norm": 1.0}
 # around the ends of tiles and chunks, for both backends
 SIZES = (1, 3, 1023, 4095, 4096, 4097, 10000, 0)
 TAILS = (2, 4, 5, 7, 8, 9, 15, 17, 31, 33, 127, 129, 255, 256, 257, 511, 513, 1024, 1025, 2047, 2049)
 TAILS += (3071, 3073, 4080, 4100, 5120, 8191, 8192, 8193)
+# and where a thread's part of a tile ends
+TAILS += (3, 6, 12, 514, 2044, 2048, 3072, 3076)
 
 GPU_CASES: dict[str, GpuCase] = {}
 
@@ -77,6 +79,40 @@ def _types() -> None:
             GPU_CASES[f"{tag}, tails"] = GpuCase(tails, {**options, "max_grad_norm": 0.5}, steps=2)
         sizes = _sizes(5, 4099, 8192, dtype=dtype, amsgrad=True)
         GPU_CASES[f"{name}, parameters off alignment"] = GpuCase(sizes, CLIP, param_offset=3)
+
+
+def _masters() -> None:
+    for dtype, name in ((BF16, "bf16"), (F16, "fp16")):
+        for state, tag in ((None, f"{name}, master"), ("param", f"{name}, 16-bit moments, master")):
+            options = {**CLIP, "state_dtype": state, "master_weights": True}
+            sizes = _sizes(*SIZES, dtype=dtype)
+            GPU_CASES[tag] = GpuCase(sizes, options, before=_assign if state is None else _nothing)
+            GPU_CASES[f"{tag}, amsgrad"] = GpuCase(_both_betas(*SIZES, dtype=dtype, amsgrad=True), options)
+            GPU_CASES[f"{tag}, tails"] = GpuCase(
+                _both_betas(*TAILS, dtype=dtype), {**options, "max_grad_norm": 0.5}, steps=2
+            )
+            GPU_CASES[f"{tag}, gradients off by 8 bytes"] = GpuCase(
+                _both_betas(5, 4096, 5000, dtype=dtype), options, grad_offset=4
+            )
+    several = lambda make: [  # noqa: E731
+        {"params": [make(n, dtype) for n in (9, 4100) for dtype in (F32, BF16, F16)], "amsgrad": amsgrad}
+        for amsgrad in (False, True)
+    ]
+    GPU_CASES["mixed, master"] = GpuCase(several, {**CLIP, "master_weights": True}, 4, _spoil(None, math.nan))
+
+
+def _nothing(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    pass
+
+
+def _assign(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    """Parameters are given other values, zeros among them, whose remainders stay."""
+    if k == 2:
+        with torch.no_grad():
+            params[0].fill_(0.0)
+            params[1].fill_(-0.0)
+            params[2].view(-1)[::3] = 0.75
+            params[3].mul_(2)
 
 
 _types()
@@ -141,6 +177,7 @@ def _spoil_scopes(optimizer: Any, k: int, params: list[Tensor]) -> None:
         params[3].grad.fill_(math.nan)
 
 
+_masters()
 _SCALED = _scaler((1024.0, 65536.0, 1.0, 3.0, 2.0**-10, None), (0.0, 1.0, math.nan, 0.0, 2.0, 0.0))
 _inf, _nan = math.inf, math.nan
 GPU_CASES |= {
@@ -349,11 +386,15 @@ GPU_CASES |= {
         _many(1050, 1150, max_grad_norm=0.1), {"groups": "independent"}, 1, large=True
     ),
     **{
-        f"494 gradients{', amsgrad' * amsgrad}{', 16-bit moments' if state else ''}": GpuCase(
-            _of_all_types(amsgrad), {**CLIP, "state_dtype": state}, 1, large=True
+        ", ".join(filter(None, ("494 gradients", top, moments, master))): GpuCase(
+            _of_all_types(bool(top)),
+            {**CLIP, "state_dtype": "param" if moments else None, "master_weights": bool(master)},
+            1,
+            large=True,
         )
-        for amsgrad in (False, True)
-        for state in (None, "param")
+        for top in ("", "amsgrad")
+        for moments in ("", "16-bit moments")
+        for master in ("", "master")
     },
     # scopes that end anywhere in a round of lanes, and more chunks than a round of unrolled loads
     "scopes of many chunks": GpuCase(

@@ -29,8 +29,14 @@ def _wide() -> dict[tuple[str, str], tuple[int, int]]:
         for moments in {"fp32", "fp32" if name == "f32" else name}:
             # four 16-bit elements, beside fp32 moments, take 8 bytes
             params = 0 if name != "f32" and moments == "fp32" else 1
-            wide[name, f"step, {moments} moments"] = 2 * params + 2, params + 2
-            wide[name, f"step, {moments} moments, amsgrad"] = 2 * params + 3, params + 3
+            for top in (0, 1):
+                kernel = f"step, {moments} moments{', amsgrad' * top}"
+                loads, stores = 2 * params + 2 + top, params + 2 + top
+                wide[name, kernel] = loads, stores
+                # the rest of a bf16 parameter's value takes its bytes once more, of an fp16 one twice that
+                rest = params if name == "bf16" else 1 + params
+                if name != "f32":
+                    wide[name, f"{kernel}, master"] = loads + rest, stores + rest
     return wide
 
 
@@ -57,7 +63,13 @@ def archs(nvrtc: Nvrtc) -> list[int]:
 def compile_type(nvrtc: Nvrtc, arch: str, name: str, *options: str, ptx: bool = False) -> Compiled:
     """All kernels for one type of parameters, for launches of both sizes."""
     text, headers = kernels.sources()
-    wanted = [kernel for size in kernels.SIZES for kernel in kernels.kernel_names(name, size)]
+    wanted = [
+        kernel
+        for size in kernels.SIZES
+        for master in (False, True)
+        if name in kernels.types(master=master)
+        for kernel in kernels.kernel_names(name, size, master=master)
+    ]
     return nvrtc.compile(text, arch, wanted, headers, (*kernels.OPTIONS, *options), ptx=ptx)
 
 
@@ -90,15 +102,15 @@ def _facts(nvrtc: Nvrtc, name: str, arch: int) -> dict[str, Any]:
 
 
 def kernel_name(symbol: str) -> tuple[str, str]:
-    """The type of the parameters, and norm_kernel<P, N> or step_kernel<P, M, AMSGRAD, N> in words."""
-    kind, param, moments, amsgrad, n = re.findall(
-        r"(norm|step)_kernelI(f|NS_4BF16E|NS_3F16E)(f|S1_)?(?:Lb(\d)E)?Li(\d+)E", symbol
+    """The type of the parameters, and norm_kernel<P, N> or step_kernel<P, M, AMSGRAD, MASTER, N> in words."""
+    kind, param, moments, amsgrad, master, n = re.findall(
+        r"(norm|step)_kernelI(f|NS_4BF16E|NS_3F16E)(f|S1_)?(?:Lb(\d)ELb(\d)E)?Li(\d+)E", symbol
     )[0]
     name = {"f": "f32", "NS_4BF16E": "bf16", "NS_3F16E": "f16"}[param]
     size = "few" if int(n) < 1000 else "many"
     if kind == "norm":
         return name, f"norm, {size}"
-    top = ", amsgrad" if amsgrad == "1" else ""
+    top = ", amsgrad" * (amsgrad == "1") + ", master" * (master == "1")
     return name, f"step, {'fp32' if moments == 'f' else name} moments{top}, {size}"
 
 

@@ -39,40 +39,54 @@ _TYPES = {name: kind for kind, names in _POINTERS.items() for name in names}
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # elements per thread of a wide tile, and bytes of a wide access
 _WIDE_BYTES = 16
-# kernel, parameters, moments, amsgrad
+# kernel, parameters, moments, amsgrad, master
 VARIANTS = {
-    "step fp32": ("step", "fp32", "fp32", False),
-    "step fp32 amsgrad": ("step", "fp32", "fp32", True),
-    "step bf16": ("step", "bf16", "fp32", False),
-    "step bf16 amsgrad": ("step", "bf16", "fp32", True),
-    "step bf16, bf16 moments": ("step", "bf16", "bf16", False),
-    "step fp16": ("step", "fp16", "fp32", False),
-    "norm fp32": ("norm", "fp32", None, None),
-    "norm bf16": ("norm", "bf16", None, None),
+    "step fp32": ("step", "fp32", "fp32", False, False),
+    "step fp32 amsgrad": ("step", "fp32", "fp32", True, False),
+    "step bf16": ("step", "bf16", "fp32", False, False),
+    "step bf16 amsgrad": ("step", "bf16", "fp32", True, False),
+    "step bf16, bf16 moments": ("step", "bf16", "bf16", False, False),
+    "step bf16, master": ("step", "bf16", "fp32", False, True),
+    "step bf16 amsgrad, master": ("step", "bf16", "fp32", True, True),
+    "step fp16": ("step", "fp16", "fp32", False, False),
+    "step fp16, master": ("step", "fp16", "fp32", False, True),
+    "norm fp32": ("norm", "fp32", None, None, None),
+    "norm bf16": ("norm", "bf16", None, None, None),
 }
+# bytes of what the state has of a parameter's fp32 value
+_REST = {"bf16": 2, "fp16": 4}
 
 
-def compiled(name: str, params: str, moments: str | None, amsgrad: bool | None, target: GPUTarget) -> Any:
+def compiled(
+    name: str,
+    params: str,
+    moments: str | None,
+    amsgrad: bool | None,
+    master: bool | None,
+    target: GPUTarget,
+) -> Any:
     """What Triton makes of one variant of a kernel, as a launch on this GPU would have it compiled."""
     kernel = getattr(triton_kernels, f"{name}_kernel")
     constants: dict[str, Any] = {"PARAMS": tl.str_to_ty(params, None)}
     if name == "step":
-        constants |= {"MOMENTS": tl.str_to_ty(moments, None), "AMSGRAD": amsgrad}
+        constants |= {"MOMENTS": tl.str_to_ty(moments, None), "AMSGRAD": amsgrad, "MASTER": master}
     signature = {arg: "constexpr" if arg in constants else _TYPES.get(arg, "i32") for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=target, options=triton_kernels.options(target, bool(amsgrad)))
+    return triton.compile(
+        source, target=target, options=triton_kernels.options(target, bool(amsgrad), bool(master))
+    )
 
 
 def facts(variant: str, target_name: str) -> dict[str, Any]:
     """What the assembly of one kernel for one GPU holds."""
-    name, params, moments, amsgrad = VARIANTS[variant]
+    name, params, moments, amsgrad, master = VARIANTS[variant]
     target = TARGETS[target_name]
-    asm = compiled(name, params, moments, amsgrad, target).asm
+    asm = compiled(name, params, moments, amsgrad, master, target).asm
     elements = triton_kernels.WIDE.value // triton_kernels.THREADS
     p, m = (elements * _BYTES[dtype] / _WIDE_BYTES for dtype in (params, moments or params))
     maxima = int(bool(amsgrad))
     # how many wide accesses it takes to read and write a tile, if none is split
-    of_state = (2 + maxima) * m
+    of_state = (2 + maxima) * m + (elements * _REST[params] / _WIDE_BYTES if master else 0)
     wanted = {"loads": 2 * p + of_state, "stores": p + of_state} if name == "step" else {"loads": p}
     read = _nvidia if target.backend == "cuda" else _amd
     return {"wanted": wanted, **read(asm)}
@@ -151,8 +165,13 @@ def write_ptx(folder: Path, targets: list[str]) -> None:
     found = {}
     for target in targets:
         for params in _BYTES:
-            steps = [("step", params, m, a) for m in dict.fromkeys(("fp32", params)) for a in (False, True)]
-            for variant in (("norm", params, None, False), *steps):
+            steps = [
+                ("step", params, moments, amsgrad, master)
+                for moments in dict.fromkeys(("fp32", params))
+                for amsgrad in (False, True)
+                for master in ((False, True) if params in _REST else (False,))
+            ]
+            for variant in (("norm", params, None, False, False), *steps):
                 made = compiled(*variant, TARGETS[target])
                 name = " ".join(map(str, (*variant, target)))
                 (folder / f"{name}.ptx").write_text(made.asm["ptx"])

@@ -11,7 +11,7 @@ import harness
 import torch
 from gpu import cases as gpu_cases
 from gpu.cases import BF16, F16, F32
-from gpu.steps import MOMENTS
+from gpu.steps import MOMENTS, whole_values
 from tolerances import GPU_16_BIT_SHARE, GPU_RMS_FLOOR, GPU_RMS_RATIO, GPU_STEP, GPU_USED
 from torch import Tensor
 
@@ -25,7 +25,10 @@ _ENOUGH = 500
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the steps leave behind, in the order of the parameters; a moment that there is not is empty."""
+    """What the steps leave behind, in the order of the parameters; a moment that there is not is empty.
+
+    Of parameters that the state has the rest of, `params` are the fp32 values.
+    """
 
     params: list[Tensor]
     exp_avg: list[Tensor]
@@ -43,7 +46,7 @@ class Outcome:
         updates = [float(s["step"]) if "step" in s else -1.0 for s in state]
         counters = driver.counters(optimizer)
         return Outcome(
-            [p.detach().clone() for p in params],
+            whole_values(params, optimizer),
             *moments,
             updates,
             counters.counts.clone(),

@@ -214,10 +214,10 @@ class Driver:
         # the library is in this process already, as the machine
         compiled.cuda.open_driver(str(build.machine()))
         names = json.loads((self._cuda / "names.json").read_text())
-        cuda.images = lambda nvrtc, arch, size: {
-            name: Compiled(b"", {kernel: symbol for kernel, symbol in of.items() if kernel in wanted}, "")
-            for name, of in names.items()
-            for wanted in [kernels.kernel_names(name, size)]
+        cuda.images = lambda nvrtc, arch, size, master=False: {
+            name: Compiled(b"", {kernel: names[name][kernel] for kernel in wanted}, "")
+            for name in kernels.types(master=master)
+            for wanted in [kernels.kernel_names(name, size, master=master)]
         }
         cuda.device_type = "cpu"
         # who has asked before has been told of another device
@@ -234,7 +234,7 @@ class Driver:
         types = [str(x) for x in arguments if type(x).__name__ == "dtype"]
         kind = launch.kernel.fn.__name__.removesuffix("_kernel")
         moments = types[1] if kind == "step" else None
-        name = f"{kind} {types[0]} {moments} {launch.amsgrad} sm_{self._arch}"
+        name = f"{kind} {types[0]} {moments} {launch.amsgrad} {launch.master} sm_{self._arch}"
         packed = b""
         for x in arguments:
             if isinstance(x, Tensor):

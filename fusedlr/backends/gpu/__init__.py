@@ -8,6 +8,7 @@ from operator import is_
 import torch
 
 from fusedlr.backends.order import CopyingStepper, has_memory, in_order
+from fusedlr.kept import MOMENTS
 from fusedlr.reference import Counters, Inputs, ReferenceStepper, Row, Stepper, scalar_dtype
 
 # dtypes of a parameter and of its moments
@@ -46,7 +47,7 @@ def prepare(
 
 def _runs(row: Row, device: torch.device) -> bool:
     """Whether there is a kernel for these dtypes, and memory on this device for it to read."""
-    dtypes = {x.dtype for x in row.state.values()}
+    dtypes = {x.dtype for name, x in row.state.items() if name in MOMENTS}
     return (
         len(dtypes) == 1
         and (row.param.dtype, *dtypes) in _KINDS

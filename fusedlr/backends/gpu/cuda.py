@@ -19,6 +19,7 @@ from fusedlr.backends.gpu import kernels
 from fusedlr.backends.gpu.arguments import Arguments, NewArguments, StepArguments
 from fusedlr.backends.gpu.kernels import images
 from fusedlr.backends.gpu.nvrtc import Nvrtc
+from fusedlr.kept import has_rest
 from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, Stepper, capturing
 
 # where tensors have to be; tests put a machine in the place of the driver, which works on the CPU's memory
@@ -61,12 +62,12 @@ def most_gradients(device: torch.device) -> int:
     return compiled.cuda.many if many else compiled.cuda.few
 
 
-# device and size -> kernel -> its handle; filled at the first step, outside of captures
-_loaded: dict[tuple[torch.device, str], dict[str, int]] = {}
+# device, size, master -> kernel -> its handle; filled at the first step, outside of captures
+_loaded: dict[tuple[torch.device, str, bool], dict[str, int]] = {}
 _loading = threading.Lock()
 
 
-def functions(device: torch.device, size: str) -> dict[str, int]:
+def functions(device: torch.device, size: str, *, master: bool = False) -> dict[str, int]:
     """The loaded kernels for launches of one size, by their names in C++; compiles and loads them once.
 
     Raises:
@@ -74,23 +75,23 @@ def functions(device: torch.device, size: str) -> dict[str, int]:
         CompileError: NVRTC does not compile them.
     """
     with _loading:
-        if (device, size) not in _loaded:
+        if (device, size, master) not in _loaded:
             if capturing(device):
                 raise RuntimeError(
                     "make one step outside the CUDA graph before capturing it: the kernels are compiled there"
                 )
             found = target_of(device)
             assert not isinstance(found, str), found
-            _loaded[device, size] = {
+            _loaded[device, size, master] = {
                 name: handle
-                for made in images(*found, size).values()
+                for made in images(*found, size, master=master).values()
                 for name, handle in zip(
                     made.names,
                     compiled.cuda.load(device.index or 0, made.image, list(made.names.values())),
                     strict=True,
                 )
             }
-        return _loaded[device, size]
+        return _loaded[device, size, master]
 
 
 def why_not(devices: Iterable[torch.device]) -> str | None:
@@ -113,6 +114,8 @@ class CudaStepper:
         self._in_table = len(rows) > most_gradients(self._device)
         size = "few" if self._in_table or len(rows) <= compiled.cuda.few else "many"
         self._size, self._functions = size, functions(self._device, size)
+        if any(has_rest(row.names) for row in rows):
+            self._functions = {**self._functions, **functions(self._device, size, master=True)}
         self._launcher: Any = None
         self._launcher_for: Arguments | None = None
         self._new: NewArguments | None = None
@@ -168,7 +171,7 @@ def launcher(arguments: Arguments, loaded: dict[str, int], size: str, *, table: 
     for bucket in arguments.layout.buckets:
         param, moments = (_NAMES[dtype] for dtype in bucket.kind)
         norm = loaded[kernels.name_of_norm(param, size)]
-        update = loaded[kernels.name_of_step(param, moments, bucket.amsgrad, size)]
+        update = loaded[kernels.name_of_step(param, moments, bucket.amsgrad, size, master=bucket.master)]
         buckets.append((norm, update, bucket.first, bucket.programs))
     tensors = {name: x.data_ptr() for name, x in arguments._asdict().items() if isinstance(x, Tensor)}
     return compiled.cuda.Launcher(

@@ -74,11 +74,22 @@ def sources(folder: Path | None = None) -> tuple[str, dict[str, str]]:
     return text, headers
 
 
-def kernel_names(type_: str, size: str) -> list[str]:
-    """The kernels for parameters of one type and launches of one size, as C++ has them."""
-    p, n = TYPES[type_], SIZES[size]
-    steps = [name_of_step(type_, m, amsgrad, size) for m in ("f32", type_) for amsgrad in (False, True)]
-    return [f"fusedlr::norm_kernel<{p}, {n}>", *dict.fromkeys(steps)]
+def types(*, master: bool) -> tuple[str, ...]:
+    """The types of parameters; of those that a `master` is kept of, the 16-bit ones."""
+    return tuple(type_ for type_ in TYPES if type_ != "f32" or not master)
+
+
+def kernel_names(type_: str, size: str, *, master: bool = False) -> list[str]:
+    """The kernels for parameters of one type and launches of one size, as C++ has them.
+
+    With `master` the updates that find the rest of the parameters' fp32 values in the state.
+    """
+    steps = [
+        name_of_step(type_, m, amsgrad, size, master=master)
+        for m in ("f32", type_)
+        for amsgrad in (False, True)
+    ]
+    return [*([] if master else [name_of_norm(type_, size)]), *dict.fromkeys(steps)]
 
 
 def name_of_norm(type_: str, size: str) -> str:
@@ -86,15 +97,18 @@ def name_of_norm(type_: str, size: str) -> str:
     return f"fusedlr::norm_kernel<{TYPES[type_]}, {SIZES[size]}>"
 
 
-def name_of_step(type_: str, moments: str, amsgrad: bool, size: str) -> str:
+def name_of_step(type_: str, moments: str, amsgrad: bool, size: str, *, master: bool = False) -> str:
     """The kernel that updates parameters of a type, with moments of another or the same."""
-    return f"fusedlr::step_kernel<{TYPES[type_]}, {TYPES[moments]}, {str(amsgrad).lower()}, {SIZES[size]}>"
+    flags = ", ".join(str(flag).lower() for flag in (amsgrad, master))
+    return f"fusedlr::step_kernel<{TYPES[type_]}, {TYPES[moments]}, {flags}, {SIZES[size]}>"
 
 
-def compile_(nvrtc: Nvrtc, arch: str, type_: str, size: str, folder: Path | None = None) -> Compiled:
+def compile_(
+    nvrtc: Nvrtc, arch: str, type_: str, size: str, folder: Path | None = None, *, master: bool = False
+) -> Compiled:
     """Compile the kernels of one type and size, without a look at the cache."""
     text, headers = sources(folder)
-    return nvrtc.compile(text, arch, kernel_names(type_, size), headers, OPTIONS)
+    return nvrtc.compile(text, arch, kernel_names(type_, size, master=master), headers, OPTIONS)
 
 
 def target(capability: int, driver: int, libraries: Iterable[Nvrtc] | None = None) -> tuple[Nvrtc, str] | str:
@@ -127,13 +141,13 @@ def target(capability: int, driver: int, libraries: Iterable[Nvrtc] | None = Non
     )
 
 
-def images(nvrtc: Nvrtc, arch: str, size: str) -> dict[str, Compiled]:
+def images(nvrtc: Nvrtc, arch: str, size: str, *, master: bool = False) -> dict[str, Compiled]:
     """The kernels of all types for launches of one size: from the cache, or compiled now and kept there."""
     text, headers = sources()
     cache = Cache.of_user()
     keys = {
-        type_: key_of(text, headers, OPTIONS, kernel_names(type_, size), nvrtc.version, arch)
-        for type_ in TYPES
+        type_: key_of(text, headers, OPTIONS, kernel_names(type_, size, master=master), nvrtc.version, arch)
+        for type_ in types(master=master)
     }
     kept = {type_: cache.read(key) for type_, key in keys.items()}
     missing = [type_ for type_, compiled in kept.items() if compiled is None]
@@ -147,7 +161,7 @@ def images(nvrtc: Nvrtc, arch: str, size: str) -> dict[str, Compiled]:
         announced.start()
         try:
             with ThreadPoolExecutor(len(missing)) as pool:
-                made = pool.map(lambda type_: compile_(nvrtc, arch, type_, size), missing)
+                made = pool.map(lambda type_: compile_(nvrtc, arch, type_, size, master=master), missing)
                 kept.update(zip(missing, made, strict=True))
         finally:
             announced.cancel()

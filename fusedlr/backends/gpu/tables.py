@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fusedlr.columns import CHUNK, CHUNKS, PHASE_INTS, STATE
+from fusedlr.kept import has_rest
 from fusedlr.reference import GroupStep, Row, Scope, capturing
 from fusedlr.schedule import SHAPES, Schedule, whole_and_rest
 
 # dtype of a parameter and its gradient, and of its moments
 Kind = tuple[torch.dtype, torch.dtype]
 # the kind of a launch that only counts
-_EMPTY = torch.float32, torch.float32
+_EMPTY = torch.float32, torch.float32, False
 
 Slots = tuple[int, int]
 
@@ -31,6 +32,7 @@ class Bucket:
 
     kind: Kind
     amsgrad: bool  # whether one of its tensors has a max_exp_avg_sq
+    master: bool  # whether the state has the rest of its parameters' fp32 values
     first: int
     programs: int
 
@@ -50,13 +52,13 @@ class Layout:
 
         A group without elements has one empty chunk: its program writes which rate the group used.
         """
-        kinds = [(row.param.dtype, row.state["exp_avg"].dtype) for row in rows]
+        kinds = [(row.param.dtype, row.state["exp_avg"].dtype, has_rest(row.names)) for row in rows]
         per_row = [-(-row.param.numel() // CHUNK) for row in rows]
         per_group = [0] * len(scope_of)
         for row, count in zip(rows, per_row, strict=True):
             per_group[row.group] += count
         first, slots = _place_slots(per_group, scope_of, scopes)
-        by_kind: dict[Kind, list[int]] = {kind: [] for kind in kinds}
+        by_kind: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {kind: [] for kind in kinds}
         following = list(first)
         for i, (row, kind, count) in enumerate(zip(rows, kinds, per_row, strict=True)):
             group = row.group
@@ -74,7 +76,7 @@ class Layout:
             ends.append(ends[-1] + len(chunks) // len(CHUNKS))
         amsgrad = {kind for row, kind in zip(rows, kinds, strict=True) if "max_exp_avg_sq" in row.names}
         buckets = [
-            Bucket(kind, kind in amsgrad, begin, end - begin)
+            Bucket(kind[:2], kind in amsgrad, kind[2], begin, end - begin)
             for kind, (begin, end) in zip(filled, pairwise(ends), strict=True)
         ]
         return Layout([x for chunks in filled.values() for x in chunks], buckets, slots, ends[-1])

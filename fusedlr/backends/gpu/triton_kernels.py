@@ -19,7 +19,8 @@ moves them. The norm's last program adds up the partial sums of every scope in a
 
 Memory traffic in bytes per element, parameter + moments in fp32: the norm reads 4 (g), the update reads 16
 (p g m v) and writes 12 (p m v). 16-bit parameters with fp32 moments: 2, then 12 and 10; with 16-bit moments:
-2, then 8 and 6. amsgrad reads and writes one moment more. Tables cost about 100 bytes per chunk.
+2, then 8 and 6. amsgrad reads and writes one moment more, a bf16 parameter's remainder is 2 bytes more either
+way, an fp16 one's fp32 value 4. Tables cost about 100 bytes per chunk.
 """
 
 import torch
@@ -57,6 +58,8 @@ PARAM = tl.constexpr(_TENSORS.index("param"))
 EXP_AVG = tl.constexpr(_TENSORS.index("exp_avg"))
 EXP_AVG_SQ = tl.constexpr(_TENSORS.index("exp_avg_sq"))
 MAX_EXP_AVG_SQ = tl.constexpr(_TENSORS.index("max_exp_avg_sq"))
+PARAM_REMAINDER = tl.constexpr(_TENSORS.index("param_remainder"))
+MASTER_PARAM = tl.constexpr(_TENSORS.index("master_param"))
 STEP = tl.constexpr(_TENSORS.index("step"))
 NUMEL = tl.constexpr(_TENSORS.index("numel"))
 GROUP_OF = tl.constexpr(_TENSORS.index("group"))
@@ -129,6 +132,36 @@ def narrow(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def whole(p, rest, TYPE: tl.constexpr):
+    """`reference.fp32_value`: what a 16-bit parameter is in fp32, of which the state has the rest."""
+    if tl.bfloat16 == TYPE:
+        high = p.to(tl.uint16, bitcast=True).to(tl.uint32)
+        low = rest.to(tl.uint16, bitcast=True).to(tl.uint32)
+        # a zero that was assigned from outside has no number below it
+        borrow = tl.where((high & 0x7FFF) != 0, low >> 15, 0)
+        x = (((high - borrow) << 16) | low).to(tl.float32, bitcast=True)
+    else:
+        own = p.to(tl.float32)
+        x = tl.where(rest.to(TYPE).to(tl.float32) == own, rest, own)
+    return x
+
+
+@triton.jit
+def split_whole(x, TYPE: tl.constexpr):
+    """`reference.split_value`: the parameter for a number in fp32, and what of it belongs in the state."""
+    if tl.bfloat16 == TYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        is_nan = x != x
+        high = tl.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16)
+        rest = tl.where(is_nan, 0, bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True)
+        p = high.to(tl.uint16).to(TYPE, bitcast=True)
+    else:
+        p = x.to(TYPE)
+        rest = x
+    return p, rest
+
+
+@triton.jit
 def at(address, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to the elements of a tile that begins at element `first` of an array."""
     pointer = address.to(tl.pointer_type(TYPE))
@@ -168,6 +201,7 @@ def update_tile(
     PARAMS: tl.constexpr,
     MOMENTS: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    MASTER: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """AdamW on a tile of a tensor from element `first`: `left` elements, or a whole tile if aligned."""
@@ -176,7 +210,17 @@ def update_tile(
     ps = at(tl.load(row + PARAM), first, PARAMS, ALIGNED)
     ms = at(tl.load(row + EXP_AVG), first, MOMENTS, ALIGNED)
     vs = at(tl.load(row + EXP_AVG_SQ), first, MOMENTS, ALIGNED)
-    p = read(ps, inside, ALIGNED)
+    if MASTER:
+        if tl.bfloat16 == PARAMS:
+            rests = at(tl.load(row + PARAM_REMAINDER), first, tl.int16, ALIGNED)
+        else:
+            rests = at(tl.load(row + MASTER_PARAM), first, tl.float32, ALIGNED)
+        if ALIGNED:
+            p = whole(tl.load(ps), tl.load(rests), PARAMS)
+        else:
+            p = whole(tl.load(ps, mask=inside, other=0.0), tl.load(rests, mask=inside, other=0), PARAMS)
+    else:
+        p = read(ps, inside, ALIGNED)
     g = read(at(g, first, PARAMS, ALIGNED), inside, ALIGNED)
     m = read(ms, inside, ALIGNED)
     v = read(vs, inside, ALIGNED)
@@ -192,7 +236,16 @@ def update_tile(
             kept = inside & (tl.zeros([NARROW], tl.int64) + address != 0)
         v_max = tl.load(v_maxs, mask=kept, other=-1.0).to(tl.float32)
     p, m, v, v_max = adamw(p, g, m, v, v_max, factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2)
-    write(ps, p, inside, PARAMS, ALIGNED)
+    if MASTER:
+        param, rest = split_whole(p, PARAMS)
+        if ALIGNED:
+            tl.store(ps, param)
+            tl.store(rests, rest)
+        else:
+            tl.store(ps, param, mask=inside)
+            tl.store(rests, rest, mask=inside)
+    else:
+        write(ps, p, inside, PARAMS, ALIGNED)
     write(ms, m, inside, MOMENTS, ALIGNED)
     write(vs, v, inside, MOMENTS, ALIGNED)
     if AMSGRAD:
@@ -201,9 +254,24 @@ def update_tile(
 
 @triton.jit
 def square_tile(g, first, left, factor, PARAMS: tl.constexpr, ALIGNED: tl.constexpr):
-    """The sum of squares of `factor` times the gradients of a tile."""
-    g = read(at(g, first, PARAMS, ALIGNED), tl.arange(0, NARROW) < left, ALIGNED) * factor
+    """The squares of `factor` times the gradients of a tile of `WIDE` elements, of which `left` are there."""
+    pointer = g.to(tl.pointer_type(PARAMS))
+    lanes = tl.arange(0, WIDE)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+        g = tl.load(pointer + tl.multiple_of(first, WIDE) + lanes)
+    else:
+        g = tl.load(pointer + first + lanes, mask=lanes < left, other=0.0)
+    g = g.to(tl.float32) * factor
     return g * g
+
+
+@triton.jit
+def sum_of_lanes(x):
+    """The sum of 1024 numbers, pair by pair: the same bits wherever the compiler has put them."""
+    for i in tl.static_range(10):
+        x = tl.sum(tl.reshape(x, [512 >> i, 2]), axis=1)
+    return tl.sum(x)
 
 
 @triton.jit
@@ -333,11 +401,9 @@ def norm_kernel(
     for i in range(WIDE_TILES):
         if i * WIDE < wide:
             sums += square_tile(gradient, begin + i * WIDE, WIDE, factor, PARAMS, True)
-    rest = tl.zeros([NARROW], tl.float32)
-    for i in range(NARROW_TILES):
-        if (wide <= i * NARROW) & (i * NARROW < count):
-            rest += square_tile(gradient, begin + i * NARROW, count - i * NARROW, factor, PARAMS, False)
-    tl.store(partials + tl.load(chunk + SLOT), tl.sum(sums) + tl.sum(rest))
+        elif i * WIDE < count:
+            sums += square_tile(gradient, begin + i * WIDE, count - i * WIDE, factor, PARAMS, False)
+    tl.store(partials + tl.load(chunk + SLOT), sum_of_lanes(sums))
     if is_last(tickets, programs):
         finish_squares(scope_ints, squares, partials, scopes)
 
@@ -355,7 +421,7 @@ def finish_squares(scope_ints, squares, partials, scopes):
         while slot < last:
             total += tl.load(partials + slot + lanes, mask=slot + lanes < last, other=0.0)
             slot += SUMS
-        tl.store(squares + scope, tl.sum(total))
+        tl.store(squares + scope, sum_of_lanes(total))
         scope += 1
 
 
@@ -385,6 +451,7 @@ def step_kernel(
     PARAMS: tl.constexpr,
     MOMENTS: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    MASTER: tl.constexpr,
 ):
     """One optimizer step on the tensors of a bucket; the last program of all buckets counts it."""
     if tl.load(generation) != made_for:
@@ -421,14 +488,26 @@ def step_kernel(
         addresses = gradient | tl.load(row + PARAM) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
         if AMSGRAD:
             addresses = addresses | tl.load(row + MAX_EXP_AVG_SQ)
+        if MASTER:
+            # a parameter has one of the two, the other is 0
+            addresses = addresses | tl.load(row + PARAM_REMAINDER) | tl.load(row + MASTER_PARAM)
         wide = tl.where(addresses % 16 == 0, left // WIDE * WIDE, 0)
         for i in range(WIDE_TILES):
             if i * WIDE < wide:
-                update_tile(row, gradient, begin + i * WIDE, WIDE, s, PARAMS, MOMENTS, AMSGRAD, True)
+                update_tile(row, gradient, begin + i * WIDE, WIDE, s, PARAMS, MOMENTS, AMSGRAD, MASTER, True)
         for i in range(NARROW_TILES):
             if (wide <= i * NARROW) & (i * NARROW < left):
                 update_tile(
-                    row, gradient, begin + i * NARROW, left - i * NARROW, s, PARAMS, MOMENTS, AMSGRAD, False
+                    row,
+                    gradient,
+                    begin + i * NARROW,
+                    left - i * NARROW,
+                    s,
+                    PARAMS,
+                    MOMENTS,
+                    AMSGRAD,
+                    MASTER,
+                    False,
                 )
     if is_last(tickets + 1, programs):
         count_step(
@@ -486,12 +565,12 @@ def count_step(
         begin += LANES
 
 
-def options(target: GPUTarget, amsgrad: bool) -> dict[str, int | bool]:
+def options(target: GPUTarget, amsgrad: bool, master: bool) -> dict[str, int | bool]:
     """Compiler options of a launch; nothing is left to defaults that decide about bits."""
     chosen: dict[str, int | bool] = {"num_stages": 1, "enable_fp_fusion": False}
     chosen["num_warps"] = THREADS // target.warp_size
     if target.backend == "cuda":
         # ptxas stops at 80 registers by itself and spills 8 bytes for it on sm_80, or 12 with amsgrad, and at
         # 88 on sm_100. As many programs fit at 96 as at 88, and all is held
-        chosen["maxnreg"] = 128 if amsgrad else 96
+        chosen["maxnreg"] = 128 if amsgrad or master else 96
     return chosen

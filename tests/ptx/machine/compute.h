@@ -250,6 +250,20 @@ void compute(Warp& w, const Instruction& i, u32 m, u32 pc) {
             EACH(bits(x[lane], y[lane], z[lane]))
             break;
         }
+        case PRMT: {
+            // every byte is one of eight, or its sign
+            auto chosen = [](u64 low, u64 high, u64 by) {
+                const u64 bytes = (low & 0xffffffffu) | high << 32;
+                u64 r = 0;
+                for (int i = 0; i < 4; ++i) {
+                    const u64 nibble = by >> (4 * i) & 15, byte = bytes >> (8 * (nibble & 7)) & 255;
+                    r |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
+                }
+                return r;
+            };
+            EACH(chosen(x[lane], y[lane], z[lane]))
+            break;
+        }
         case MOV:
             EACH(x[lane]) break;
         case PACK: {

@@ -305,6 +305,9 @@ struct Parser {
             simple(BFE, 3);
             ins.s[1] = operand(ops[2], U32, line), ins.s[2] = operand(ops[3], U32, line);
             if (ins.ty != U32) fail(line, "bfe not modelled: " + s);
+        } else if (name == "prmt") {
+            known({});
+            simple(PRMT, 3);
         } else if (name == "setp") {
             static const std::map<std::string, Comparison> cmps = {
                 {"eq", EQ},   {"ne", NE},   {"lt", LT},   {"le", LE},   {"gt", GT},   {"ge", GE},

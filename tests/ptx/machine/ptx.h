@@ -64,6 +64,7 @@ enum Op : uint8_t {
     SETP,
     SELP,
     BFE,
+    PRMT,
     MOV,
     PACK,
     UNPACK,
