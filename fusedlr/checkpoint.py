@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -124,13 +125,7 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
             )
         _check_group(i, mine, theirs)
     own = _own_of(state_dict, saved, other_own)
-    for i, (mine, theirs) in enumerate(zip(groups, own, strict=True)):
-        here, there = mine.get("scope"), theirs.get("scope")
-        if here is not None and there is not None and here != there:
-            raise ValueError(
-                f"group {i} of the loaded state dict is of scope {there!r}, this optimizer's is of {here!r}: "
-                "add the groups in the order of the file, or load one scope by load_scope_state_dict"
-            )
+    check_scopes(groups, own)
     entries, by_id = {}, {}
     for i, (mine, theirs) in enumerate(zip(groups, saved, strict=True)):
         for p, saved_id in zip(mine["params"], theirs["params"], strict=True):
@@ -169,17 +164,25 @@ def read_matching(
 ) -> tuple[Loaded, IncompatibleKeys]:
     """Find state for this optimizer's parameters by name; groups keep their options.
 
+    Adapters may call their parameters alike. So the scope has to be the same, too, but for a name that is
+    there once and here once.
+
     Raises:
         ValueError: the file is malformed, or parameters here or there have no names.
     """
     saved = _check_containers(state_dict)
     own = _own_of(state_dict, saved, None)
-    there: dict[str, tuple[int, Any]] = {}
+    # scope and name -> group and id
+    there: dict[tuple[Any, str], tuple[int, Any]] = {}
     for i, theirs in enumerate(saved):
         where = f"group {i} of the loaded state dict"
         _check_names(where, theirs)
-        names = _names(where, theirs)
-        there.update({name: (i, saved_id) for name, saved_id in zip(names, theirs["params"], strict=True)})
+        for name, saved_id in zip(_names(where, theirs), theirs["params"], strict=True):
+            there[own[i].get("scope"), name] = i, saved_id
+    ours = [_names(f"group {i} of this optimizer", mine) for i, mine in enumerate(groups)]
+    here = {(mine.get("scope"), name) for mine, names in zip(groups, ours, strict=True) for name in names}
+    alike_there, alike_here = (Counter(name for _, name in found) for found in (there, here))
+    place_of = {name: place for (_, name), place in there.items() if alike_there[name] == 1}
     counted = {key: entry for key, entry in state_dict["state"].items() if _has_step(entry)}
     scoped = [{**group, "scope": o.get("scope")} for group, o in zip(saved, own, strict=True)]
     latest = max_steps(scoped, counted, joint=joint)
@@ -187,13 +190,16 @@ def read_matching(
     steps: list[int | None] = []
     for i, mine in enumerate(groups):
         reached = []
-        for p, name in zip(mine["params"], _names(f"group {i} of this optimizer", mine), strict=True):
-            group, saved_id = there.get(name, (0, None))
-            entry = state_dict["state"].get(saved_id) if name in there else None
+        for p, name in zip(mine["params"], ours[i], strict=True):
+            place = there.get((mine.get("scope"), name))
+            if place is None and alike_here[name] == 1:
+                place = place_of.get(name)
+            group, saved_id = place or (0, None)
+            entry = state_dict["state"].get(saved_id) if place is not None else None
             if _misfit(p, entry) or not entry:
                 missing.append(name)
                 continue
-            used.add(name)
+            used.add(saved_id)
             loaded.entries[p] = _own_entry(parameter_name(mine, i, p), entry)
             reached.append(_continued(own[group], latest[group]))
         steps.append(max(reached, default=None))
@@ -202,7 +208,7 @@ def read_matching(
     for i, step in enumerate(steps):
         of_scope = [x for x, key in zip(steps, keys, strict=True) if key == keys[i] and x is not None]
         loaded.k[i] = next(x for x in (step, max(of_scope, default=None), k[i]) if x is not None)
-    return loaded, IncompatibleKeys(missing, [name for name in there if name not in used])
+    return loaded, IncompatibleKeys(missing, [name for (_, name), (_, at) in there.items() if at not in used])
 
 
 def apply_state(loaded: Loaded, ours: State, kept: Kept) -> dict[Any, Any]:
@@ -342,6 +348,17 @@ def read_own(own: Any, groups: Sequence[Any]) -> list[dict[str, Any]] | None:
             f"{OWN_KEY} of the loaded state has {len(own['groups'])} groups, expected {len(groups)}"
         )
     return [_checked_own(i, group) for i, group in enumerate(own["groups"])]
+
+
+def check_scopes(groups: Sequence[Any], own: Sequence[dict[str, Any]]) -> None:
+    """What a file says of its groups is of the same scopes in the same order, else ValueError."""
+    for i, (mine, theirs) in enumerate(zip(groups, own, strict=True)):
+        here, there = mine.get("scope"), theirs.get("scope")
+        if here is not None and there is not None and here != there:
+            raise ValueError(
+                f"group {i} of the loaded state dict is of scope {there!r}, this optimizer's is of {here!r}: "
+                "add the groups in the order of the file, or load one scope by load_scope_state_dict"
+            )
 
 
 def _own_of(state_dict: Any, groups: Groups, other_own: Any) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ class Counts:
         self.shown: list[int] = []
         self._advances: list[int] = []
         self._in_flight: _Copy | None = None
-        self._warned_skips = False
+        # scopes that a warning has named
+        self._warned_skips: set[ScopeKey] = set()
         self._stale = 0
         self.k_loaded: list[int] | None = None
         self.own_loaded: Any = None
@@ -187,6 +188,8 @@ class Counts:
             self.counters.stale[0] = old.stale.max()
         self.groups = list(groups)
         self.shown = shown
+        # one that comes back is another one
+        self._warned_skips.intersection_update(self.scopes())
         self.sync()
 
     def place_on(self, device: torch.device, *, fp32: bool) -> None:
@@ -350,6 +353,7 @@ class Counts:
         self.shown = [at[i][0] if i in at else shown for i, shown in enumerate(self.shown)]
         for i in at:
             _show(groups[i], self.shown[i])
+        self._warned_skips -= {key for key, i in self.scopes().items() if i in at}
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Let a group that is put in later with one of these parameters begin anew."""
@@ -363,6 +367,12 @@ class Counts:
         self.shown = list(k)
         for step, group in zip(k, groups, strict=False):
             _show(group, step)
+
+    def show_coming(self, groups: list[Any]) -> None:
+        """Show the rate of the coming update anew where that is what is shown; a rate that was used stays."""
+        for group, shown, k in zip(groups, self.shown, self.k, strict=True):
+            if shown == k:
+                _show(group, k)
 
     def show_next(self, groups: list[Any]) -> None:
         """Show the rate of every group's coming update, as far as the host knows which that is."""
@@ -398,14 +408,21 @@ class Counts:
             )
 
     def _warn_skips(self, in_row: Sequence[float]) -> None:
-        if self._warned_skips or max(in_row, default=0) < _SKIPS_TO_WARN:
+        if max(in_row, default=0) < _SKIPS_TO_WARN:
             return
-        self._warned_skips = True
-        norms = self.metrics["grad_norm"]
-        warn(
-            f"{int(max(in_row))} optimizer steps in a row were skipped: gradients are inf or nan "
-            f"(last gradient norm {max(norms):g})"
-        )
+        new = {
+            key: i
+            for key, i in self.scopes().items()
+            if in_row[i] >= _SKIPS_TO_WARN and key not in self._warned_skips
+        }
+        # before the metrics are read, which comes here again
+        self._warned_skips.update(new)
+        for key, i in new.items():
+            of = "" if key is None else f" of scope {key!r}"
+            warn(
+                f"{int(in_row[i])} optimizer steps in a row were skipped: gradients{of} are inf or nan "
+                f"(last gradient norm {self.metrics['grad_norm'][i]:g})"
+            )
 
 
 def _show(group: Any, k: int) -> None:

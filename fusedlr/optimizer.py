@@ -259,7 +259,7 @@ class FusedAdamW(Optimizer):
         only = self._settings["only"] if only is None else only
         groups = self.param_groups
         if only is not None and not isinstance(only, Tensor):
-            keys, scopes = scope_keys(groups, joint=self._joint), self.scopes
+            scopes, keys = self.scopes, scope_keys(groups, joint=self._joint)
             chosen = {key for key, one in zip(scopes, chosen_scopes(only, scopes), strict=True) if one}
             groups = [group for group, key in zip(groups, keys, strict=True) if key in chosen]
         grads = []
@@ -311,25 +311,26 @@ class FusedAdamW(Optimizer):
         Raises:
             ValueError: an option is out of range or parameters are duplicate. Nothing has been added then.
         """
-        before = self.param_groups
-        group = checked_group(
-            param_group, self.defaults, self._settings["schedule"], before, joint=self._joint
-        )
-        join = group.pop("join", False)
-        super().add_param_group(group)
-        self.param_groups[-1] = added = ParamGroup(group, self._notes)
-        if has_schedule(added):
-            # writing this rate back assigns nothing
-            added.show(added["lr"])
-        # torch's constructor adds the first groups
-        if "_counts" in self.__dict__:
-            self._notes.changed = True
-            self._counts.adopt(self.param_groups)
-            if join:
-                keys = scope_keys(self.param_groups, joint=self._joint)
-                of_scope = keys[-1] in keys[:-1]
-                k = zip(self._counts.read(self.param_groups), keys, strict=True)
-                self.param_groups[-1]["k"] = max(n for n, key in k if not of_scope or key == keys[-1])
+        # torch's constructor adds the first groups, when there is neither a lock nor counts
+        with self.__dict__.get("_lock", hooks.NONE):
+            before = self.param_groups
+            group = checked_group(
+                param_group, self.defaults, self._settings["schedule"], before, joint=self._joint
+            )
+            join = group.pop("join", False)
+            super().add_param_group(group)
+            self.param_groups[-1] = added = ParamGroup(group, self._notes)
+            if has_schedule(added):
+                # writing this rate back assigns nothing
+                added.show(added["lr"])
+            if "_counts" in self.__dict__:
+                self._notes.changed = True
+                self._counts.adopt(self.param_groups)
+                if join:
+                    keys = scope_keys(self.param_groups, joint=self._joint)
+                    of_scope = keys[-1] in keys[:-1]
+                    k = zip(self._counts.read(self.param_groups), keys, strict=True)
+                    self.param_groups[-1]["k"] = max(n for n, key in k if not of_scope or key == keys[-1])
 
     def start_schedule(self, schedule: Schedule) -> None:
         """Begin `schedule` at its first update, in every group; moments and their step counts stay.
@@ -369,10 +370,7 @@ class FusedAdamW(Optimizer):
         self._counts.adopt(self.param_groups)
         self._settings["schedule"] = lengthen(self.param_groups, self._settings["schedule"], total_steps)
         self._notes.changed = True
-        # a rate that shows the next step is another one now; a rate that was used stays
-        counts = self._counts
-        if list(counts.shown) == list(counts.k):
-            counts.show(self.param_groups, counts.shown)
+        self._counts.show_coming(self.param_groups)
 
     @eager
     def grad_norm(self, grad_scale: Tensor | float | None = None) -> Tensor:
@@ -550,13 +548,14 @@ class FusedAdamW(Optimizer):
         Raises:
             ValueError: there is no such scope.
         """
-        self._counts.adopt(self.param_groups)
-        indices, groups = self._groups_of(name)
-        k, skipped = self._counts.read(self.param_groups), self._counts.read_skipped()
-        scope = self._planner.options(self.param_groups).scopes[self.scopes.index(name)]
-        return scope_state.saved(
-            name, groups, self.state, [k[i] for i in indices], [skipped[i] for i in indices], scope
-        )
+        with self._lock:
+            self._counts.adopt(self.param_groups)
+            indices, groups = self._groups_of(name)
+            k, skipped = self._counts.read(self.param_groups), self._counts.read_skipped()
+            scope = self._planner.options(self.param_groups).scopes[self.scopes.index(name)]
+            return scope_state.saved(
+                name, groups, self.state, [k[i] for i in indices], [skipped[i] for i in indices], scope
+            )
 
     def load_scope_state_dict(self, name: ScopeKey, state_dict: dict[str, Any]) -> None:
         """Continue one scope from what `scope_state_dict` returned, of whichever scope and optimizer.
@@ -569,10 +568,10 @@ class FusedAdamW(Optimizer):
             ValueError: there is no such scope, or the file does not fit; says what. Nothing has been changed
                 then.
         """
-        self._counts.adopt(self.param_groups)
-        indices, groups = self._groups_of(name)
-        loaded = scope_state.read(name, groups, state_dict)
         with self._lock:
+            self._counts.adopt(self.param_groups)
+            indices, groups = self._groups_of(name)
+            loaded = scope_state.read(name, groups, state_dict)
             scope_state.put(loaded, groups, self.state, self._settings["kept"])
             self._notes.changed = True
             skipped = loaded.skipped or [0] * len(groups)
@@ -604,10 +603,10 @@ class FusedAdamW(Optimizer):
         >>> optimizer.param_groups[0]["lr"], optimizer.state[p]["step"].item()
         (0.25, 0.0)
         """
-        self._counts.adopt(self.param_groups)
-        indices, groups = self._groups_of(name)
-        peaks, schedule = scope_state.check_reset(groups, lr, schedule)
         with self._lock:
+            self._counts.adopt(self.param_groups)
+            indices, groups = self._groups_of(name)
+            peaks, schedule = scope_state.check_reset(groups, lr, schedule)
             scope_state.begin_anew(groups, peaks, schedule)
             scope_state.clear([p for group in groups for p in group["params"]], self.state)
             self._notes.changed = True
@@ -619,15 +618,20 @@ class FusedAdamW(Optimizer):
         Raises:
             ValueError: there is no such scope.
         """
-        self._counts.adopt(self.param_groups)
-        _, groups = self._groups_of(name)
         with self._lock:
+            self._counts.adopt(self.param_groups)
+            indices, groups = self._groups_of(name)
             gone = [p for group in groups for p in group["params"]]
-            self.param_groups = [group for group in self.param_groups if not any(group is g for g in groups)]
+            rest = [i for i in range(len(self.param_groups)) if i not in indices]
+            keys = scope_keys(self.param_groups, joint=self._joint)
+            self.param_groups = [self.param_groups[i] for i in rest]
             for p in gone:
                 self.state.pop(p, None)
             if isinstance(self.only, tuple):
-                self._settings["only"] = tuple(key for key in self.only if key != name)
+                # an independent scope is called by the index of its group, which may be another one now
+                left = [keys[i] for i in rest], scope_keys(self.param_groups, joint=self._joint)
+                called = dict(zip(*left, strict=True))
+                self._settings["only"] = tuple(called[key] for key in self.only if key in called)
             self._notes.changed = True
             self._counts.adopt(self.param_groups)
             # the same parameters may come back as another adapter
@@ -701,6 +705,8 @@ class FusedAdamW(Optimizer):
         A scope's name; None for that of all groups without a name where these are joint, else the index of
         the group.
         """
+        # of a plain dict in a group's place only the group knew its scope
+        self._counts.adopt(self.param_groups)
         return scopes_of(self.param_groups, joint=self._joint)
 
     @property
@@ -715,7 +721,9 @@ class FusedAdamW(Optimizer):
     def only(self, value: Any) -> None:
         if value is not None:
             chosen_scopes(value, self.scopes)
-        self._settings["only"] = value if value is None or isinstance(value, (str, Tensor)) else tuple(value)
+        if isinstance(value, str):
+            value = (value,)
+        self._settings["only"] = value if value is None or isinstance(value, Tensor) else tuple(value)
 
     @property
     def _joint(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedlr import backends
 from fusedlr.counts import Counts, UpdateCounts
 from fusedlr.groups import Notes, Options, has_schedule, warn_assigned
-from fusedlr.reference import Made, Signals, capturing, is_fake, local
+from fusedlr.reference import Made, Signals, active_scopes, capturing, is_fake, local
 from fusedlr.sharded import Layout, tell_failure
 from fusedlr.step import (
     Plan,
@@ -78,7 +78,10 @@ class Planner:
         self._counts.adopt(groups)
         if plan is None or not plan.fits(groups, self._counts.counters):
             return self._prepared(groups, state, signals, may_only_allocate=may_only_allocate)
-        self._options = self._new_options(groups)
+        before, self._options = self._options, self._new_options(groups)
+        if [step.scope for step in before.groups] != [step.scope for step in self._options.groups]:
+            # the norms are those of other scopes
+            self._measured = None
         plan.stepper.assign(self._options.groups, self._options.scopes)
         return plan
 
@@ -166,7 +169,8 @@ class Planner:
         """
         measured, self._measured = self._measured, None
         if self.is_capturing():
-            check_capture(plan.groups)
+            may = zip(plan.groups, self._options.groups, strict=True)
+            check_capture([group for group, step in may if signals.allow(step.scope)])
             # every replay has gradients of its own
             return False
         unscaled = signals.grad_scale is None and signals.found_inf is None
@@ -180,19 +184,25 @@ class Planner:
     def made(self, plan: Plan, made: Made | None, signals: Signals) -> None:
         """Show the rate just used in `group["lr"]` and count the step on the host.
 
-        Groups that were not to make the step show what they showed, and what was assigned to them waits.
+        Groups that were not to make the step show what they showed. What was assigned to one waits for the
+        step that its scope makes.
         """
-        counts = self._counts
-        allowed = [signals.allow(step.scope) for step in self._options.groups]
-        for i, step in enumerate(self._options.groups):
+        counts, options = self._counts, self._options
+        allowed = [signals.allow(step.scope) for step in options.groups]
+        used = allowed
+        # another process may have the gradients that this one lacks
+        if options.overruled and plan.layout is None and not all(scope.always for scope in options.scopes):
+            active = active_scopes(plan.rows, options.groups, options.scopes, signals)
+            used = [active[step.scope] for step in options.groups]
+        for i, step in enumerate(options.groups):
             if step.schedule is not None and allowed[i]:
                 rate = made.lr[i] if made is not None else step.schedule.lr_at(counts.k[i], step.peak)
                 plan.groups[i].show(rate)
-        for i in self._options.overruled:
-            if allowed[i]:
+        for i in options.overruled:
+            if used[i]:
                 plan.groups[i].shown_lr = None
                 self._warn_once("assigned", warn_assigned, i, plan.groups[i], counts.k[i])
-        self._notes.clear(kept={id(g) for g, one in zip(plan.groups, allowed, strict=True) if not one})
+        self._notes.clear(kept={id(g) for g, one in zip(plan.groups, used, strict=True) if not one})
         counts.made(made, () if made is not None else plan.stepper.active(), allowed)
 
 
@@ -229,7 +239,9 @@ def only_allocates(
 
 
 def check_capture(groups: list[dict[str, Any]]) -> None:
-    """Every trainable parameter has a gradient that a captured step can read, else RuntimeError."""
+    """Every trainable parameter of these groups has a gradient that a captured step can read, else
+    RuntimeError.
+    """
     missing = sum(p.requires_grad and p.grad is None for group in groups for p in group["params"])
     if missing:
         raise RuntimeError(

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fusedlr.checkpoint import (
     OWN_KEY,
+    check_scopes,
     own_state,
     read_own,
     read_steps,
@@ -131,6 +132,8 @@ class ScheduleView(LRScheduler):
         self._counts.adopt(groups)
         steps = read_steps(state_dict, groups)
         taken = read_own(state_dict.get(OWN_KEY), groups)
+        if taken is not None:
+            check_scopes(groups, taken)
         lines = scheduler_disagreements(groups, state_dict, steps)
         own = self._counts.read(groups) if lines else steps
         if own != steps and not scheduler_disagreements(groups, state_dict, own):

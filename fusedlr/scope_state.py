@@ -34,7 +34,7 @@ def saved(
         "param_groups": [],
     }
     for group in groups:
-        plain = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        plain = {name: _copy(value) for name, value in group.items() if name not in ("params", "param_names")}
         if (names := _names(key, group)) is not None:
             plain["param_names"] = names
         file["param_groups"].append({**plain, "params": [ids[p] for p in group["params"]]})

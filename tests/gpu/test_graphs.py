@@ -6,6 +6,7 @@ Everything but the capture itself is the code that runs on a GPU; tests/gpu/test
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -333,3 +334,52 @@ def test_gradients_of_the_graph_are_its_own(gpu_backend: str, capture: Any) -> N
         grad.zero_()
     graph.replay()
     assert optimizer.metrics()["grad_norm"].item() == 0
+
+
+def test_a_replay_follows_the_tensor_that_tells_which_scopes_step(gpu_backend: str, capture: Any) -> None:
+    def adapters(backend: str) -> fusedlr.FusedAdamW:
+        generator = torch.Generator().manual_seed(0)
+        groups = []
+        for name, size in (("a", 5), ("b", 1500), ("c", 7)):
+            p = nn.Parameter(torch.randn(size, generator=generator))
+            p.grad = torch.randn(size, generator=generator)
+            groups.append({"params": [p], "scope": name})
+        return fusedlr.FusedAdamW(groups, lr=0.01, schedule=SCHEDULE, max_grad_norm=1.0, backend=backend)
+
+    optimizer, other, graph = adapters(gpu_backend), adapters("reference"), Graph()
+    only = torch.ones(3, dtype=torch.bool)
+    optimizer.step(only=only), other.step()
+    # the stand-in records launches alone: what a real graph computes from the tensor is handed over here
+    with capture(graph):
+        optimizer.step(only=only)
+    kept = weakref.ref(only)
+    told = optimizer._counts.counters.graphs._pinned[-1]
+    turns: list[tuple[bool, bool, bool]] = [(True, False, True), (False, True, False), (False, False, False)]
+    active = next(part.active for part in told if hasattr(part, "active"))
+    for turn in turns:
+        only.copy_(torch.tensor(turn))
+        active.copy_(only)
+        graph.replay()
+        other.step(only=only.clone())
+        assert optimizer.metrics()["step"].tolist() == other.metrics()["step"].tolist()
+        assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
+    # a graph goes on reading it when nobody else has it any more
+    del only, told
+    assert kept() is not None and not stale(optimizer)
+
+
+def test_a_scope_left_out_of_a_capture_needs_no_gradients(
+    gpu_backend: str, capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(5))], "scope": name} for name in "ab"]
+    optimizer, graph = fusedlr.FusedAdamW(groups, lr=0.01, backend=gpu_backend), Graph()
+    a, b = (group["params"][0] for group in optimizer.param_groups)
+    a.grad = torch.ones(5)
+    optimizer.step(only="a")
+    monkeypatch.setattr(optimizer._planner, "is_capturing", lambda: True)
+    with capture(graph):
+        optimizer.step(only="a")
+        with pytest.raises(RuntimeError, match="1 parameters have no gradient while a CUDA graph"):
+            optimizer.step()
+    graph.replay()
+    assert optimizer.metrics()["step"].tolist() == [2, 0] and bool((b == 1).all())

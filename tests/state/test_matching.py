@@ -495,3 +495,33 @@ def test_a_group_of_one_optimizer_begins_anew_in_another():
     assert ks(other) == [0, 0]
     assert other.param_groups[1]["schedule"] == fusedlr.linear(total_steps=7)
     assert ks(optimizer) == [3, 3]
+
+
+def test_adapters_that_call_their_parameters_alike_are_told_apart_by_their_scopes() -> None:
+    def adapters(*names: str | None) -> fusedlr.FusedAdamW:
+        groups = []
+        for name in names:
+            scope = {} if name is None else {"scope": name}
+            groups.append({"params": [("lora_A", nn.Parameter(torch.ones(2)))], **scope})
+        return fusedlr.FusedAdamW(groups, lr=0.1)
+
+    saved = adapters("a", "b")
+    for group in saved.param_groups:
+        group["params"][0].grad = torch.ones(2)
+    for only in ("a", "a", "b"):
+        saved.step(only=only)
+    file = saved.state_dict()
+    # in another order, and with one that the file has not
+    loaded = adapters("b", "c", "a")
+    missing = loaded.load_state_dict(file, strict=False)
+    assert [group["k"] for group in loaded.param_groups] == [1, 0, 2]
+    assert missing == (["lora_A"], [])
+    # one of two cannot be chosen for a parameter without a scope
+    plain = adapters(None)
+    assert plain.load_state_dict(file, strict=False) == (["lora_A"], ["lora_A", "lora_A"])
+    # but one of one can
+    alone = adapters("a")
+    alone.param_groups[0]["params"][0].grad = torch.ones(2)
+    alone.step()
+    assert plain.load_state_dict(alone.state_dict(), strict=False) == ([], [])
+    assert [group["k"] for group in plain.param_groups] == [1]

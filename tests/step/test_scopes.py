@@ -6,6 +6,7 @@ That adapters in one optimizer equal optimizers of their own is tests/state/test
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from snapshots import changes, snapshot, unchanged
 from torch import Tensor, nn
 
 import fusedlr
+from fusedlr import scope_state
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -252,6 +254,47 @@ def test_an_assigned_rate_waits_for_its_scope():
     assert optimizer.last_metrics()["lr"][0] == 0.125
 
 
+def test_an_assigned_rate_waits_for_a_gradient_of_its_scope(device, backend):
+    optimizer = adapters("a", "b", device=device, backend=backend)
+    optimizer.step()
+    for p in params_of(optimizer, "a"):
+        p.grad = None
+    optimizer.param_groups[0]["lr"] = 0.125
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    set_grads(optimizer, 1)
+    with quiet():
+        optimizer.step()
+    assert optimizer.last_metrics()["lr"][0] == 0.125
+    optimizer.step()
+    assert optimizer.last_metrics()["lr"][0] == pytest.approx(SCHEDULE.lr_at(2, 0.05))
+
+
+@pytest.mark.parametrize("only", ["a", "b"])
+def test_a_plain_dict_in_a_groups_place_keeps_its_scope(only):
+    optimizer = adapters("a", "b")
+    optimizer.step()
+    # as wrappers put them, of which only the group that was there knows the scope
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    optimizer.step(only=only)
+    assert optimizer.scopes == ("a", "b")
+    assert optimizer.metrics()["step"].tolist() == ([2, 2, 1, 1] if only == "a" else [1, 1, 2, 2])
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    optimizer.zero_grad(only="a")
+    assert all(p.grad is None for p in params_of(optimizer, "a"))
+    assert all(p.grad is not None for p in params_of(optimizer, "b"))
+
+
+def test_a_norm_of_other_scopes_is_not_taken_over(device, backend):
+    optimizer = adapters("a", "b", device=device, backend=backend)
+    optimizer.step()
+    optimizer.grad_norm()
+    for group in optimizer.param_groups:
+        group["scope"] = "both"
+    optimizer.step()
+    assert torch.equal(optimizer.metrics()["grad_norm"], optimizer.grad_norm())
+
+
 # what decides whether a scope skips
 
 
@@ -276,6 +319,28 @@ def test_a_scope_that_propagates_skips_what_the_scaler_found_in_it(device, backe
     optimizer.found_inf = torch.tensor(found, device=device)
     optimizer.step()
     assert optimizer.metrics()["skipped"].tolist() == [0, int(found)]
+
+
+def test_ten_skips_in_a_row_are_told_of_each_scope():
+    optimizer = adapters("good", "bad", "worse")
+    for name in ("bad", "worse"):
+        params_of(optimizer, name)[0].grad.fill_(math.nan)
+    for _ in range(9):
+        optimizer.step()
+    with pytest.warns(UserWarning, match="10 optimizer steps in a row were skipped") as caught:
+        optimizer.step()
+    assert ["of scope 'bad'" in str(w.message) for w in caught] == [True, False]
+    assert ["of scope 'worse'" in str(w.message) for w in caught] == [False, True]
+    # not the largest norm of any scope
+    assert all("last gradient norm nan" in str(w.message) for w in caught)
+    for _ in range(3):
+        optimizer.step()
+    # another tenant in the same place
+    optimizer.reset_scope("bad")
+    with pytest.warns(UserWarning, match="gradients of scope 'bad' are inf or nan") as caught:
+        for _ in range(10):
+            optimizer.step()
+    assert len(caught) == 1
 
 
 # what is done to one scope
@@ -448,3 +513,69 @@ def test_a_removed_scope_comes_back_as_new():
     optimizer.only = None
     optimizer.step()
     assert optimizer.param_groups[-1]["k"] == 1
+
+
+def test_what_may_step_follows_a_removal():
+    optimizer = adapters("a", "b")
+    optimizer.only = "a"
+    optimizer.remove_scope("a")
+    assert optimizer.only == ()
+    params = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    independent = fusedlr.FusedAdamW([{"params": [p]} for p in params], groups="independent")
+    independent.only = (0, 2)
+    independent.remove_scope(0)
+    # the scope that was called 2 is called 1 now
+    assert independent.only == (1,)
+    set_grads(independent, 0)
+    independent.step()
+    assert [bool((p != 1).all()) for p in params] == [False, False, True, False]
+
+
+def test_a_removal_in_another_thread_waits_for_a_load(monkeypatch):
+    optimizer = adapters("a", "b")
+    for _ in range(3):
+        optimizer.step(only="b")
+    file, read = optimizer.scope_state_dict("b"), scope_state.read
+    optimizer.step()
+    removal = threading.Thread(target=optimizer.remove_scope, args=["a"])
+
+    def while_another_removes(*given: Any) -> Any:
+        removal.start()
+        removal.join(0.2)
+        return read(*given)
+
+    monkeypatch.setattr(scope_state, "read", while_another_removes)
+    optimizer.load_scope_state_dict("b", file)
+    removal.join()
+    assert optimizer.scopes == ("b",) and [group["k"] for group in optimizer.param_groups] == [3, 3]
+
+
+def test_a_file_holds_a_copy_of_a_rate():
+    lr = torch.tensor(0.5)
+    optimizer = fusedlr.FusedAdamW([{"params": [nn.Parameter(torch.ones(2))], "scope": "a"}], lr=lr)
+    file = optimizer.scope_state_dict("a")
+    lr.fill_(0.25)
+    assert file["param_groups"][0]["lr"] == 0.5
+
+
+def test_an_extended_schedule_shows_every_scopes_own_rate():
+    schedule = fusedlr.linear(total_steps=10)
+    optimizer = adapters("a", "b", schedule=schedule)
+    optimizer.step(only="a")
+    optimizer.scheduler.step()
+    optimizer.step(only="b")
+    optimizer.extend_schedule(20)
+    rates = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
+    # the coming one of a, and the one that b has used
+    assert rates == pytest.approx([1 - 1 / 20, 1 - 1 / 20, 1, 1])
+
+
+def test_a_schedulers_state_whose_scopes_are_in_another_order_is_refused():
+    optimizer, other = adapters("a", "b"), adapters("b", "a")
+    optimizer.step(only="a")
+    state = optimizer.scheduler.state_dict()
+    with unchanged(other), pytest.raises(ValueError, match="is of scope 'a', this optimizer's is of 'b'"):
+        other.scheduler.load_state_dict(state)
+    again = adapters("a", "b")
+    again.scheduler.load_state_dict(state)
+    assert [group["k"] for group in again.param_groups] == [1, 1, 0, 0]

@@ -125,7 +125,7 @@ class StepArguments:
         if capturing(self._device):
             # replays read all of it long after later steps have got other tensors
             rates = self._copied_rates, [lr for _, lr in self._rate_tensors]
-            graphs.pin(self._made_from, self._arguments, new, rates)
+            graphs.pin(self._made_from, self._arguments, new, rates, signals)
         return new
 
     def increment_versions(self, signals: Signals) -> None:
