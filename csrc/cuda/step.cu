@@ -276,12 +276,17 @@ __device__ float block_sum(float x) {
 
 // Whether all other blocks of the step have come here before; then the tickets start again. Called by the
 // first thread, when all that its block has read of counters and written of partial sums it has read and
-// written itself.
+// written itself. The ticket releases these, and the fence behind the last one acquires those of the others:
+// a fence in front of every ticket would empty the first cache besides.
 __device__ bool is_last(int32_t* ticket, int32_t programs) {
-    __threadfence();
-    if (atomicAdd(ticket, 1) != programs - 1) return false;
+    int32_t before;
+    asm volatile("atom.global.release.gpu.add.s32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(ticket))
+                 : "memory");
+    if (before != programs - 1) return false;
     *ticket = 0;
-    __threadfence();
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
     return true;
 }
 

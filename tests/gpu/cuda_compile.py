@@ -167,18 +167,20 @@ def _update(code: list[str]) -> list[str]:
 
 
 def _around_ticket(names: list[str]) -> list[str]:
-    """Barriers and fences around the only atomic operation."""
+    """The only atomic operation, and the barriers and fences around it."""
     kinds = {
         "bar.sync": "barrier",
         "barrier.sync": "barrier",
-        "membar.gl": "fence",
-        "fence.": "fence",
-        "atom.": "atom",
+        "membar.gl": "full fence",
+        "fence.sc": "full fence",
+        "fence.acq_rel.gpu": "fence",
+        "atom.release.gpu.global": "release",
+        "atom.global.release.gpu": "release",
     }
     order = [kind for name in names for start, kind in kinds.items() if name.startswith(start)]
-    at = order.index("atom")
-    assert order.count("atom") == 1
-    return order[at - 2 : at + 3]
+    at = order.index("release")
+    assert sum(name.startswith("atom.") for name in names) == 1
+    return order[at - 1 : at + 3]
 
 
 def main() -> None:

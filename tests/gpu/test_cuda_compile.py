@@ -105,6 +105,6 @@ def test_fp64_is_for_the_bias_corrections_alone() -> None:
         )
 
 
-def test_the_ticket_is_taken_between_barriers_and_fences() -> None:
+def test_the_ticket_releases_between_barriers_and_the_last_one_acquires() -> None:
     for *where, facts in kernels():
-        assert facts["ticket"] == ["barrier", "fence", "atom", "fence", "barrier"], where
+        assert facts["ticket"] == ["barrier", "release", "fence", "barrier"], where

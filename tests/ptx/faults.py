@@ -90,7 +90,7 @@ KERNELS = {
 
 _TICKET = r"\batom\.global[\w.]*"
 _BARRIER = r"\bbar\.sync\s+0;"
-_FENCE = r"membar\.gl;"
+_FENCE = r"fence\.acq_rel\.gpu;"
 # the first instruction of what looks whether addresses allow wide accesses; the update is behind it
 _ALIGNMENT = r"(and\.b64\s+%rd\d+, %rd\d+,) 15;"
 # a bound that is no constant
@@ -151,14 +151,11 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tup
         cases = (kernel.case, kernel.scopes) if kernel.name.startswith("norm") else (kernel.case,)
         yield f"barrier {n + 1} of {groups} left out", () if early else cases, put(group, "\n", n)
     if backend == "cuda":
-        yield "no fence before the ticket", (kernel.case,), put(_FENCE, "")
-        yield "no fence behind the last ticket", (kernel.case,), put(_FENCE, "", 1)
-        yield "a fence of the block's scope", (kernel.case,), put(_FENCE, "membar.cta;")
-        yield (
-            "a ticket of the block's scope",
-            (kernel.case,),
-            put(r"atom\.global\.add", "atom.global.cta.add"),
-        )
+        for weaker in ("relaxed.gpu", "acquire.gpu", "release.cta"):
+            name = f"a ticket that is {weaker} instead of release.gpu"
+            yield name, (kernel.case,), put(r"atom\.global\.release\.gpu", f"atom.global.{weaker}")
+        yield "no fence behind the last ticket", (kernel.case,), put(_FENCE, "")
+        yield "a fence of the block's scope", (kernel.case,), put(_FENCE, "fence.acq_rel.cta;")
     else:
         for weaker in ("gpu.relaxed", "gpu.acquire", "gpu.release", "cta.acq_rel"):
             name = f"a ticket that is {weaker} instead of gpu.acq_rel"
