@@ -303,11 +303,14 @@ class Counts:
         self.show(groups, k)
 
     def take_own(self, groups: list[Any], own: list[dict[str, Any]], saved: Any) -> None:
-        """Take the peaks and skip counts of a scheduler's state: the optimizer's file may have lost them."""
+        """Take peaks, cooldowns and skips of a scheduler's state: the optimizer's file may lack them."""
         self.own_loaded = saved
         for group, theirs in zip(groups, own, strict=True):
             if has_schedule(group) and theirs.get("peak") is not None:
                 group.set_quietly("initial_lr", theirs["peak"])
+            if has_schedule(group) and theirs.get("schedule") is not None:
+                schedule = group["schedule"].with_changes(theirs["schedule"].changes)
+                group.set_quietly("schedule", schedule)
         self.place_skipped([theirs.get("skipped", 0) for theirs in own])
         self._notes.changed = True
 
@@ -363,6 +366,15 @@ class Counts:
         self.shown = list(k)
         for step, group in zip(k, groups, strict=False):
             _show(group, step)
+
+    def show_coming(self, groups: list[Any]) -> None:
+        """Show the coming update's rate anew, where that is on show: the schedules have been changed.
+
+        A rate that was used stays.
+        """
+        for group, shown, k in zip(groups, self.shown, self.k, strict=True):
+            if shown == k:
+                _show(group, k)
 
     def show_next(self, groups: list[Any]) -> None:
         """Show the rate of every group's coming update, as far as the host knows which that is."""

@@ -281,7 +281,7 @@ def _create_scheduler(trainer: Any, stock: Any, num_training_steps: int, optimiz
     _report_first(trainer)
     # another run starts the arguments' schedule anew, and leaves one of the caller's alone
     own = _schedule_of(fused)
-    if own is None or own == _started.get(fused):
+    if own is None or own.original == _started.get(fused):
         schedule = _asked_for(trainer.args, num_training_steps)
         if schedule is None:
             # one that was started for an earlier run would go on

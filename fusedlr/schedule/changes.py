@@ -1,7 +1,7 @@
 """What may become of a running schedule: a cooldown or a rewarm-up from some update on, as more phases.
 
-`Schedule.cooldown` and `Schedule.rewarm` use it. A change is data, so that a schedule goes back exactly to what
-it was, and a file carries both.
+`Schedule.cooldown` and `Schedule.rewarm` use it. A change is data, so that a schedule goes back exactly to
+what it was, and a file carries both.
 """
 
 from __future__ import annotations
