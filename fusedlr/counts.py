@@ -370,10 +370,10 @@ class Counts:
     def show_coming(self, groups: list[Any]) -> None:
         """Show the coming update's rate anew, where that is on show: the schedules have been changed.
 
-        A rate that was used stays.
+        A rate that was used stays, and so does one that was assigned for the coming update.
         """
         for group, shown, k in zip(groups, self.shown, self.k, strict=True):
-            if shown == k:
+            if shown == k and id(group) not in self._notes.lr_assigned:
                 _show(group, k)
 
     def show_next(self, groups: list[Any]) -> None:
