@@ -351,7 +351,8 @@ class FusedAdamW(Optimizer):
         Update `i = 0, 1, ...` after the call gets `to + (r - to)*w(i/steps)`, where `r` is the rate that the
         next update would have had, `w(0) = 1` and `w(1) = 0`; see `Schedule.cooldown`. Skipped steps do not
         count. A second call starts from the rate that the first has come to. Checkpoints and copies carry it;
-        a file without it that is loaded later takes it back.
+        a file without it that is loaded later takes it back. Groups that are added later, and a scope that is
+        reset, begin the schedule as it was.
 
         Reads the step counts from the device, because the host may be ahead of them by skipped steps: on a
         GPU this waits. A captured CUDA graph follows at its next replay, as long as its tables have room.
