@@ -83,6 +83,14 @@ PICTURES = {
             for kind in ("cosine", "linear", "1-sqrt")
         },
     ),
+    "cooldown": Picture(
+        "changed while the run goes on",
+        {
+            "cosine(400, 4000)": fusedlr.cosine(W, T),
+            "....cooldown(k=1500, steps=500)": fusedlr.cosine(W, T).cooldown(1500, 500),
+            "....rewarm(k=2600, steps=200)": fusedlr.cosine(W, T).cooldown(1500, 500).rewarm(2600, 200),
+        },
+    ),
     "first_steps": Picture(
         "the first updates, W = 5 of T = 50",
         {

@@ -446,6 +446,9 @@ def _loaded_group(
     for key in OWN_KEYS:
         if key in mine and (key != "initial_lr" or has_schedule(mine)):
             group.setdefault(key, mine[key])
+    if has_schedule(mine) and own.get("schedule") is not None:
+        # a cooldown belongs to the run, the schedule that it changes to the constructor
+        group["schedule"] = mine["schedule"].with_changes(own["schedule"].changes)
     for key in ("max_grad_norm", "nonfinite"):
         if key in own:
             group[key] = own[key]
@@ -556,8 +559,9 @@ def _disagreements(groups: Groups, loaded: Groups, own: list[dict[str, Any]]) ->
             if written is not None:
                 lines.append(f"group {i}: the checkpoint was made with a schedule, this optimizer has none")
             continue
-        if written is not None and written != schedule:
-            lines.append(f"group {i}: {_difference(written, schedule)}; this optimizer's schedule is used")
+        if written is not None and written.original != schedule.original:
+            difference = _difference(written.original, schedule.original)
+            lines.append(f"group {i}: {difference}; this optimizer's schedule is used")
         if new["initial_lr"] != mine["initial_lr"]:
             lines.append(
                 f"group {i}: the peak is {new['initial_lr']:g} in the checkpoint and {mine['initial_lr']:g} "

@@ -306,11 +306,14 @@ class Counts:
         self.show(groups, k)
 
     def take_own(self, groups: list[Any], own: list[dict[str, Any]], saved: Any) -> None:
-        """Take the peaks and skip counts of a scheduler's state: the optimizer's file may have lost them."""
+        """Take peaks, cooldowns and skips of a scheduler's state: the optimizer's file may lack them."""
         self.own_loaded = saved
         for group, theirs in zip(groups, own, strict=True):
             if has_schedule(group) and theirs.get("peak") is not None:
                 group.set_quietly("initial_lr", theirs["peak"])
+            if has_schedule(group) and theirs.get("schedule") is not None:
+                schedule = group["schedule"].with_changes(theirs["schedule"].changes)
+                group.set_quietly("schedule", schedule)
         self.place_skipped([theirs.get("skipped", 0) for theirs in own])
         self._notes.changed = True
 
@@ -369,9 +372,12 @@ class Counts:
             _show(group, step)
 
     def show_coming(self, groups: list[Any]) -> None:
-        """Show the rate of the coming update anew where that is what is shown; a rate that was used stays."""
+        """Show the coming update's rate anew, where that is on show: the schedules have been changed.
+
+        A rate that was used stays, and so does one that was assigned for the coming update.
+        """
         for group, shown, k in zip(groups, self.shown, self.k, strict=True):
-            if shown == k:
+            if shown == k and id(group) not in self._notes.lr_assigned:
                 _show(group, k)
 
     def show_next(self, groups: list[Any]) -> None:

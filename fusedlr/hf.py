@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from transformers import Trainer, TrainerCallback
 
+from fusedlr.hf_cooldown import Cooldown
 from fusedlr.optimizer import FusedAdamW
 from fusedlr.schedule import Schedule, from_hf, knows_hf
 from fusedlr.scheduler import ScheduleView
 from fusedlr.warn import warn
+from fusedlr.wrapped import innermost, schedule_of, unwrap
 
 # oldest and newest transformers that the tests of this module have passed with
 TESTED = ("5.0.0", "5.24.0")
@@ -126,7 +128,7 @@ class FusedLRCallback(TrainerCallback):
         if fused is None:
             origin = self.origin and f", {self.origin}"
             warn(
-                f"this Trainer's optimizer is {_innermost(optimizer)}{origin}, and not FusedAdamW: nothing "
+                f"this Trainer's optimizer is {innermost(optimizer)}{origin}, and not FusedAdamW: nothing "
                 "of fusedlr is at work. A create_optimizer of your own gets FusedAdamW from "
                 "self.get_optimizer_cls_and_kwargs; for code that asks the class for it there is "
                 "patch_transformers()"
@@ -135,14 +137,16 @@ class FusedLRCallback(TrainerCallback):
         # a limit of the run before
         if fused in _limits:
             _limit(fused, None)
-        schedule, driver = _schedule_of(fused), getattr(lr_scheduler, "scheduler", lr_scheduler)
+        schedule, driver = schedule_of(fused), getattr(lr_scheduler, "scheduler", lr_scheduler)
         if schedule is not None and not isinstance(driver, ScheduleView):
             warn(
                 f"the learning rate follows this Trainer's {type(driver).__name__}, and not the optimizer's "
                 f"own schedule, {schedule!r}: give the Trainer optimizer.scheduler, or the optimizer "
                 "schedule=None"
             )
-        self._compare(optimizer, state.max_steps, "training will end after")
+        # a run that has begun to cool down ends with that
+        if schedule is None or not schedule.changes:
+            self._compare(optimizer, state.max_steps, "training will end after")
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
@@ -166,7 +170,7 @@ class FusedLRCallback(TrainerCallback):
             self._compare(optimizer, int(fused.metrics()["step"].max()), "training ended after")
 
     def _compare(self, optimizer: Any, updates: int, event: str) -> None:
-        schedule = _schedule_of(unwrap(optimizer))
+        schedule = schedule_of(unwrap(optimizer))
         total = schedule.total_steps if schedule is not None else None
         if schedule is None or total is None or self._told or abs(updates - total) <= _FAR * total:
             return
@@ -242,29 +246,9 @@ def patch_transformers() -> Patch:
     return _patch
 
 
-def unwrap(optimizer: Any) -> FusedAdamW | None:
-    """The `FusedAdamW` inside accelerate's wrappers, None where there is none."""
-    while optimizer is not None and not isinstance(optimizer, FusedAdamW):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
-
-
-def _innermost(optimizer: Any) -> str:
-    """The name of the class inside accelerate's wrappers."""
-    while getattr(optimizer, "optimizer", None) is not None:
-        optimizer = optimizer.optimizer
-    return type(optimizer).__name__
-
-
 def _replaced(cls: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     # a subclass has a step of its own, which stands
     return (FusedAdamW if cls is torch.optim.AdamW else cls), kwargs
-
-
-def _schedule_of(fused: FusedAdamW | None) -> Schedule | None:
-    """The first schedule of an optimizer that has any."""
-    groups = fused.param_groups if fused is not None else []
-    return next((g["schedule"] for g in groups if g.get("schedule") is not None), None)
 
 
 # per optimizer the schedule that a Trainer has started last
@@ -280,8 +264,8 @@ def _create_scheduler(trainer: Any, stock: Any, num_training_steps: int, optimiz
     _warn_without_hook(trainer.args.max_grad_norm)
     _report_first(trainer)
     # another run starts the arguments' schedule anew, and leaves one of the caller's alone
-    own = _schedule_of(fused)
-    if own is None or own == _started.get(fused):
+    own = schedule_of(fused)
+    if own is None or own.original == _started.get(fused):
         schedule = _asked_for(trainer.args, num_training_steps)
         if schedule is None:
             # one that was started for an earlier run would go on
@@ -290,7 +274,7 @@ def _create_scheduler(trainer: Any, stock: Any, num_training_steps: int, optimiz
                     group["schedule"] = None
             return stock(num_training_steps, optimizer)
         fused.start_schedule(schedule)
-        _started[fused] = _schedule_of(fused)
+        _started[fused] = schedule_of(fused)
     trainer.lr_scheduler = fused.scheduler
     trainer._created_lr_scheduler = True
     return trainer.lr_scheduler
@@ -414,4 +398,11 @@ def _warn_without_hook(max_grad_norm: float) -> None:
         _warn_missing_hook()
 
 
-__all__ = ["FusedLRCallback", "FusedLRTrainer", "FusedLRTrainerMixin", "patch_transformers"]
+__all__ = [
+    "Cooldown",
+    "FusedLRCallback",
+    "FusedLRTrainer",
+    "FusedLRTrainerMixin",
+    "patch_transformers",
+    "unwrap",
+]

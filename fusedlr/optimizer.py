@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedlr import arguments, backends, checkpoint, hooks, scope_state
+from fusedlr import arguments, backends, checkpoint, hooks, live, scope_state
 from fusedlr.counts import Counts
 from fusedlr.eager import eager
 from fusedlr.groups import (
@@ -371,6 +371,106 @@ class FusedAdamW(Optimizer):
         self._settings["schedule"] = lengthen(self.param_groups, self._settings["schedule"], total_steps)
         self._notes.changed = True
         self._counts.show_coming(self.param_groups)
+
+    def cooldown(self, steps: int, shape: str = "1-sqrt", to: float = 0.0, *, only: Any = None) -> None:
+        """Let the rate fall from where it is to `to` over the coming `steps` updates, and stay there.
+
+        Update `i = 0, 1, ...` after the call gets `to + (r - to)*w(i/steps)`, where `r` is the rate that the
+        next update would have had, `w(0) = 1` and `w(1) = 0`; see `Schedule.cooldown`. Skipped steps do not
+        count. A second call starts from the rate that the first has come to. Checkpoints and copies carry it;
+        a file without it that is loaded later takes it back. Groups that are added later, and a scope that is
+        reset, begin the schedule as it was.
+
+        Reads the step counts from the device, because the host may be ahead of them by skipped steps: on a
+        GPU this waits. A captured CUDA graph follows at its next replay, as long as its tables have room.
+
+        Args:
+            steps: updates in the cooldown, at least 1.
+            shape: `linear`, `cosine` or `1-sqrt` (arXiv:2405.18392).
+            to: share of each group's peak, in [0, 1].
+            only: scopes, as `scopes` calls them, whose groups cool down; None: every group with a schedule.
+
+        Raises:
+            ValueError: an argument is out of range, `only` names a scope that there is not, or a group that
+                is meant has no schedule; names the group. Nothing has been changed then.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = FusedAdamW([p], lr=0.1, schedule=fusedlr.constant())
+        >>> optimizer.cooldown(steps=4, shape="linear")
+        >>> [optimizer.param_groups[0]["schedule"].lr_at(k, peak=0.1) for k in (0, 1, 4)]
+        [0.1, 0.07500000000000001, 0.0]
+        """
+        self._change(only, lambda _: lambda schedule, k: schedule.cooldown(k, steps, shape, to))
+
+    def rewarm(self, steps: int, peak: float | None = None, *, only: Any = None) -> None:
+        """Let the rate go straight to `peak` over the coming `steps` updates, and stay there.
+
+        Update `i = 0, 1, ...` after the call gets `r + (peak - r)*i/steps`, until it gets `peak`. What
+        `cooldown` says of skips, checkpoints, waiting and graphs holds here too; `cancel_cooldown` takes it
+        back. Peaks (`group["initial_lr"]`) stay as they are.
+
+        Args:
+            steps: updates until `peak`, at least 1.
+            peak: rate of the first group that is meant; each other gets the same multiple of its own peak.
+                None: every group its own peak.
+            only: as in `cooldown`.
+
+        Raises:
+            ValueError: as `cooldown`, or the first group's peak is 0. Nothing has been changed then.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = FusedAdamW([p], lr=0.1, schedule=fusedlr.linear(total_steps=10))
+        >>> optimizer.rewarm(steps=5, peak=0.2)
+        >>> optimizer.param_groups[0]["schedule"]
+        linear(total_steps=10).rewarm(k=0, steps=5, to=2.0)
+        """
+
+        def change(indices: list[int]) -> live.Change:
+            to = live.level(self.param_groups, indices, peak)
+            return lambda schedule, k: schedule.rewarm(k, steps, to)
+
+        self._change(only, change)
+
+    def cancel_cooldown(self, *, only: Any = None) -> None:
+        """Go on as if `cooldown` and `rewarm` had never been called: the schedule as it was before the first.
+
+        The step count stays, so the rate jumps to where that schedule stands now. Waits as `cooldown` does.
+
+        Raises:
+            ValueError: `only` names a scope that there is not, a group that is meant has no schedule, or none
+                of them has been changed. Nothing has been changed then.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = FusedAdamW([p], lr=0.1, schedule=fusedlr.linear(total_steps=10))
+        >>> optimizer.cooldown(steps=5)
+        >>> optimizer.cancel_cooldown()
+        >>> optimizer.param_groups[0]["schedule"]
+        linear(total_steps=10)
+        """
+
+        def change(indices: list[int]) -> live.Change:
+            if not any(self.param_groups[i]["schedule"].changes for i in indices):
+                raise ValueError("no group has a cooldown that could be cancelled")
+            return lambda schedule, k: schedule.original
+
+        self._change(only, change)
+
+    def _change(self, only: Any, change_of: Callable[[list[int]], live.Change]) -> None:
+        """Change the schedules of the groups that are meant; `change_of` is told their indices."""
+        groups = self.param_groups
+        with self._lock:
+            self._counts.adopt(groups)
+            indices = live.chosen(groups, only, joint=self._joint)
+            change = change_of(indices)
+            new = live.changed(groups, indices, self._counts.read(groups), change)
+            for i, schedule in new.items():
+                groups[i].set_quietly("schedule", schedule)
+            self._notes.changed = True
+            self._counts.show_coming(groups)
+            self._planner.follow(groups, self.state)
 
     @eager
     def grad_norm(self, grad_scale: Tensor | float | None = None) -> Tensor:

@@ -85,6 +85,18 @@ class Planner:
         plan.stepper.assign(self._options.groups, self._options.scopes)
         return plan
 
+    def follow(self, groups: list[Any], state: State) -> None:
+        """Let the plan's stepper take changed options now: captured launches need no step to see them."""
+        plan = self.plan
+        if plan is None or self.is_capturing() or not plan.fits(groups, self._counts.counters):
+            return
+        if not plan.watch.unchanged(groups, state):
+            return
+        options = self.options(groups)
+        # an lr that was assigned holds for the next step alone, which takes the options itself
+        if not options.overruled:
+            plan.stepper.assign(options.groups, options.scopes)
+
     def _prepared(
         self, groups: list[Any], state: State, signals: Signals, *, may_only_allocate: bool
     ) -> Plan | None:

@@ -166,6 +166,7 @@ def check_reset(
 def begin_anew(groups: Sequence[ParamGroup], peaks: Sequence[Any], schedule: Schedule | None) -> None:
     """Give groups these peaks, and this schedule if there is one; their rates are shown later."""
     for group, peak in zip(groups, peaks, strict=True):
-        if schedule is not None:
-            group.set_quietly("schedule", schedule)
+        if schedule is not None or has_schedule(group):
+            # a cooldown was of the run that ends here
+            group.set_quietly("schedule", schedule or group["schedule"].original)
         group.set_quietly("initial_lr" if has_schedule(group) else "lr", peak)

@@ -16,6 +16,7 @@ from itertools import accumulate, islice, pairwise
 from typing import Any, ParamSpec
 
 from fusedlr import arguments
+from fusedlr.schedule.changes import FALLS
 from fusedlr.schedule.phases import LAST_STEP, Absolute, Phase, fits_int64
 from fusedlr.schedule.schedule import Call, Schedule, shown
 
@@ -398,9 +399,8 @@ def cosine_warmup_with_min_lr(
     return Schedule(tuple(phases), total)
 
 
-# `warmup_type` and `decay_type` of `warmup_stable_decay` -> the shape of the phase
+# `warmup_type` of `warmup_stable_decay` -> the shape of the phase; `decay_type` is the shape
 _RISES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
-_FALLS = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt"}
 
 
 @constructor
@@ -442,7 +442,7 @@ def warmup_stable_decay(
     floor = arguments.ratio("min_lr_ratio", min_lr_ratio)
     cycles = _cycles(num_cycles, decay)
     rise = _RISES[arguments.choice("warmup_type", warmup_type, _RISES, show=str)]
-    fall = _FALLS[arguments.choice("decay_type", decay_type, _FALLS, show=str)]
+    fall = arguments.choice("decay_type", decay_type, FALLS, show=str)
     begin, end = warmup + stable, warmup + stable + decay
     phases = []
     if warmup:

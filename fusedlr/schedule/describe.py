@@ -9,6 +9,7 @@ import math
 from itertools import pairwise
 from typing import Protocol
 
+from fusedlr.schedule.changes import Change
 from fusedlr.schedule.phases import Absolute, Phase
 
 # warm-up shares that fine-tuning guides agree on
@@ -31,6 +32,9 @@ class _Described(Protocol):
     @property
     def table(self) -> tuple[float, ...]: ...
 
+    @property
+    def changes(self) -> tuple[Change, ...]: ...
+
     def lr_at(self, k: int, peak: float = 1.0) -> float: ...
 
     def resolve(self, peak: float) -> _Described: ...
@@ -51,6 +55,11 @@ def describe(schedule: _Described, peak: float | None = None) -> str:
     lines = [f"{schedule!r}" if peak is None else f"{schedule!r}, peak {peak:g}"]
     lines.append(f"first update (k = 0): {rate(0)}")
     lines.append(f"highest update (k = {top:,}): {rate(top)}")
+    lines += [
+        f"{change.kind} from k = {change.k:,} on: from {rate(change.k)} to {_share(change.to)} of the peak, "
+        f"which update k = {change.k + change.steps:,} gets; {change.shape}"
+        for change in schedule.changes
+    ]
     if total is None:
         lines.append("no end: it is defined for any number of updates")
     elif absolute is not None:
@@ -96,7 +105,7 @@ def warmup_steps(schedule: _Described) -> int:
 
 def _highest(schedule: _Described) -> int:
     """The first of the updates that get the highest rate."""
-    total = schedule.total_steps or schedule.phases[-1].begin + 1
+    total = schedule.total_steps or schedule.phases[-1].end + 1
     steps = {*range(0, total, math.ceil(total / _SAMPLES))}
     steps.update(k for phase in schedule.phases for k in (phase.begin, phase.end) if k < total)
     if schedule.table:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusedlr import arguments
+from fusedlr.schedule.changes import COLUMNS as CHANGE_COLUMNS
+from fusedlr.schedule.changes import Change, changed_phases
 from fusedlr.schedule.describe import describe
 from fusedlr.schedule.phases import SHAPES, Absolute, Phase, evaluate
 
@@ -50,12 +52,16 @@ class Schedule:
         total_steps: updates in the run, or None where the schedule has no end.
         table: values that phases of shape `table` index, ratios of the peak.
         call: how it was built, for `repr` and `with_total_steps`; None if it was read from numbers.
+        changes: what has become of it since it began to run, in order; its phases are what they make of those
+            of `original`.
     """
 
     phases: tuple[Phase, ...]
     total_steps: int | None = None
     table: tuple[float, ...] = ()
     call: Call | None = field(default=None, compare=False, repr=False)
+    changes: tuple[Change, ...] = field(default=(), compare=False, repr=False)
+    _before: Schedule | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the phases, each of which is checked already, make a schedule with the table."""
@@ -81,7 +87,9 @@ class Schedule:
         object.__setattr__(self, "total_steps", arguments.total_steps(self.total_steps))
 
     def __repr__(self) -> str:
-        """The call that builds it; the values of a long table are left out."""
+        """The calls that build it; the values of a long table are left out."""
+        if self.changes:
+            return ".".join(map(str, (repr(self.original), *self.changes)))
         if self.call is not None:
             return str(self.call)
         values = f", table={shown(self.table)}" if self.table else ""
@@ -135,6 +143,87 @@ class Schedule:
         phases = tuple(replace(phase, from_=ratio(phase.from_), to=ratio(phase.to)) for phase in self.phases)
         return replace(self, phases=phases, call=self.call and replace(self.call, peak=float(peak)))
 
+    @property
+    def original(self) -> Schedule:
+        """The schedule as it was before the first of its `changes`; itself where there are none."""
+        return self if self._before is None else self._before
+
+    def cooldown(self, k: int, steps: int, shape: str = "1-sqrt", to: float = 0.0) -> Schedule:
+        """The same schedule until update `k`, whose rate then falls to `to` and stays there.
+
+        Update `k + i` gets `to + (r - to)*w(i/steps)`, where `r` is the rate that update `k` would have had,
+        `w(0) = 1` and `w(1) = 0`: `w(x)` is `1 - x`, `cos(pi*x/2)**2` or `1 - sqrt(x)` (arXiv:2405.18392).
+        The run ends with it, after `k + steps` updates. `optimizer.cooldown` does it to a run.
+
+        Args:
+            k: the first update of the cooldown, counted from 0.
+            steps: updates in the cooldown, at least 1.
+            shape: `linear`, `cosine` or `1-sqrt`.
+            to: ratio of the peak.
+
+        Raises:
+            ValueError: an argument is out of range, or a level is absolute: `resolve(peak)` it first.
+
+        >>> import fusedlr
+        >>> schedule = fusedlr.constant().cooldown(k=100, steps=4, to=0.5)
+        >>> [schedule.lr_at(k) for k in (99, 100, 101, 104)]
+        [1.0, 1.0, 0.75, 0.5]
+        >>> schedule
+        constant().cooldown(k=100, steps=4, to=0.5)
+        """
+        return self._changed(Change("cooldown", k, steps, shape, to))
+
+    def rewarm(self, k: int, steps: int, to: float = 1.0) -> Schedule:
+        """The same schedule until update `k`, whose rate then goes straight to `to` and stays there.
+
+        Args:
+            k: the first update of the warm-up, counted from 0; it still gets the rate it would have had.
+            steps: updates until `to` is reached, at least 1.
+            to: ratio of the peak.
+
+        Raises:
+            ValueError: an argument is out of range, or a level is absolute: `resolve(peak)` it first.
+
+        >>> import fusedlr
+        >>> schedule = fusedlr.linear(total_steps=10).rewarm(k=5, steps=2)
+        >>> [schedule.lr_at(k) for k in (4, 5, 6, 7, 100)]
+        [0.6, 0.5, 0.75, 1.0, 1.0]
+        """
+        return self._changed(Change("rewarm", k, steps, "linear", to))
+
+    def _changed(self, change: Change) -> Schedule:
+        # where the run was put back to an earlier update, later changes have not happened
+        return self.with_changes([*(c for c in self.changes if c.k < change.k), change])
+
+    def with_changes(self, changes: Sequence[Change]) -> Schedule:
+        """The original schedule after these changes instead of its own; without any it is the original.
+
+        Raises:
+            ValueError: their updates are not in order, or a level is absolute: `resolve(peak)` it first.
+        """
+        changes, original = tuple(changes), self.original
+        if changes == self.changes:
+            return self
+        if not changes:
+            return original
+        original._check_ratios()
+        steps = [change.k for change in changes]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"changes must begin one after the other, got k={arguments.shown(steps)}")
+        end, total = changes[-1].k + changes[-1].steps, original.total_steps
+        if changes[-1].kind == "cooldown":
+            total = end
+        elif total is not None:
+            # a rewarm-up does not end the run
+            total = max(total, end)
+        phases = changed_phases(original.phases, original.table, changes)
+        return Schedule(phases, total, original.table, changes=changes, _before=original)
+
+    def _check_ratios(self) -> None:
+        """No level is absolute, else ValueError."""
+        if self._is_absolute:
+            raise ValueError(f"{self!r} has an absolute level: resolve(peak) it first")
+
     def with_total_steps(self, total_steps: int) -> Schedule:
         """The same schedule for a run of another length: its constructor called with this `total_steps`.
 
@@ -142,13 +231,18 @@ class Schedule:
         takes what is added. A schedule that knows no end, `constant()`, is returned as it is.
 
         Raises:
-            ValueError: it is a table or comes from a file, so there is no rule for more steps, or the number
-                is out of range.
+            ValueError: it is a table or comes from a file, so there is no rule for more steps, its rate has
+                been changed since it began, or the number is out of range.
 
         >>> import fusedlr
         >>> fusedlr.cosine(warmup_steps=10, total_steps=100).with_total_steps(200)
         cosine(warmup_steps=10, total_steps=200)
         """
+        if self.changes:
+            raise ValueError(
+                f"{self!r} was changed while it ran and does not get total_steps={total_steps}: cancel the "
+                "cooldown first"
+            )
         if self.call is None or self.call.build is None:
             raise ValueError(
                 f"there is no rule by which {self!r} gets total_steps={total_steps}: build it anew"
@@ -175,14 +269,18 @@ class Schedule:
     def to_numbers(self) -> list[float]:
         """Plain numbers in a flat list, for checkpoints: number of phases, run length or -1, phases, table.
 
+        Where there are changes: minus their number, the changes, and then the original in the same way.
+
         Raises:
             ValueError: an absolute level has not been resolved.
         """
+        if self.changes:
+            of_changes = [number for change in self.changes for number in change.to_numbers()]
+            return [-len(self.changes), *of_changes, *self.original.to_numbers()]
+        self._check_ratios()
         rows: list[float] = [len(self.phases), -1 if self.total_steps is None else self.total_steps]
         for phase in self.phases:
-            if isinstance(phase.from_, Absolute) or isinstance(phase.to, Absolute):
-                raise ValueError(f"{self!r} has an absolute level: resolve(peak) it first")
-            rows += [phase.begin, phase.end, phase.origin, phase.from_, phase.to]
+            rows += [phase.begin, phase.end, phase.origin, phase.from_, phase.to]  # type: ignore[list-item]
             rows += [SHAPES.index(phase.shape), phase.shape_param]
         return [*rows, *self.table]
 
@@ -206,6 +304,9 @@ def _from_numbers(numbers: Any) -> Schedule:
     width = len(_COLUMNS)
     if not isinstance(numbers, (list, tuple)) or len(numbers) < 2 + width:
         raise ValueError(f"{arguments.shown(numbers)} is not a list of at least {2 + width} numbers")
+    changes: list[Change] = []
+    if arguments.integer("numbers[0], the number of phases,", numbers[0]) < 0:
+        changes, numbers = _changes_from_numbers(numbers)
     # the list bounds the number of phases, whatever it says of it
     count = arguments.count("numbers[0], the number of phases,", numbers[0], 1, (len(numbers) - 2) // width)
     total = arguments.count("numbers[1], total_steps,", numbers[1], -1)
@@ -219,7 +320,23 @@ def _from_numbers(numbers: Any) -> Schedule:
             phases.append(Phase(**row))
         except ValueError as error:
             raise ValueError(f"numbers[{first}:{first + width}], phase {i}: {error}") from error
-    return Schedule(tuple(phases), None if total < 0 else total, tuple(numbers[2 + width * count :]))
+    schedule = Schedule(tuple(phases), None if total < 0 else total, tuple(numbers[2 + width * count :]))
+    return schedule.with_changes(changes)
+
+
+def _changes_from_numbers(numbers: Sequence[Any]) -> tuple[list[Change], Sequence[Any]]:
+    """The changes that a list in numbers begins with, and what it says of the original schedule."""
+    width, least = len(CHANGE_COLUMNS), 2 + len(_COLUMNS)
+    most = (len(numbers) - 1 - least) // width
+    count = arguments.count("-numbers[0], the number of changes,", -int(numbers[0]), 1, max(most, 0))
+    changes = []
+    for i in range(count):
+        first = 1 + width * i
+        try:
+            changes.append(Change.from_numbers(numbers[first : first + width]))
+        except ValueError as error:
+            raise ValueError(f"numbers[{first}:{first + width}], change {i}: {error}") from error
+    return changes, numbers[1 + width * count :]
 
 
 def _check_table(phase: Phase, table: tuple[float, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Schedules from text, as the command line takes them: `cosine` or `cosine(200, 4000, min_lr_ratio=0.1)`.
+"""Schedules from text, as the command line takes them: `cosine` or `cosine(200, 4000).cooldown(2500, 500)`.
 
 The text is parsed, never run: a name of ours or of transformers, and literal values. `fusedlr plot` calls it.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fusedlr.schedule.changes import KINDS
 from fusedlr.schedule.constructors import CONSTRUCTORS
 from fusedlr.schedule.convert import TRANSFORMERS
 from fusedlr.schedule.schedule import Schedule
@@ -49,11 +51,13 @@ class Spec:
         text: what was parsed, for messages.
         name: the constructor.
         given: the arguments.
+        changes: names of methods that change the schedule, with their arguments, in the order of the calls.
     """
 
     text: str
     name: str
     given: Mapping[str, Any]
+    changes: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     @property
     def takes(self) -> list[str]:
@@ -68,7 +72,10 @@ class Spec:
         """
         filled = {key: value for key, value in (defaults or {}).items() if key in self.takes}
         try:
-            return CONSTRUCTORS[self.name](**{**filled, **self.given})
+            schedule = CONSTRUCTORS[self.name](**{**filled, **self.given})
+            for name, given in self.changes:
+                schedule = getattr(schedule, name)(**given)
+            return schedule
         # a literal may be of any type, so constructors raise more than ValueError
         except (TypeError, ValueError, OverflowError) as error:
             raise SpecError(f"{self.text}: {error}") from None
@@ -88,6 +95,10 @@ def parse(text: str) -> Spec:
     # MemoryError and RecursionError are the parser's limits on size and nesting
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise SpecError(f"{text!r} is not a name or name(argument=value, ...)") from None
+    changes: list[tuple[str, Mapping[str, Any]]] = []
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in KINDS:
+        changes.insert(0, _change(node, node.func.attr, text))
+        node = node.func.value
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
         raise SpecError(f"{text!r} is not a name or name(argument=value, ...)")
@@ -95,15 +106,33 @@ def parse(text: str) -> Spec:
     if name not in NAMES:
         raise SpecError(f"{name!r} is no schedule: {_hint(name, NAMES)}")
     pairs = [(_translated(name, keyword.arg, text), keyword.value) for keyword in call.keywords]
+    given = _bound(inspect.signature(CONSTRUCTORS[name]).bind_partial, call, pairs, text)
+    return Spec(text, name, given, tuple(changes))
+
+
+def _change(call: ast.Call, name: str, text: str) -> tuple[str, Mapping[str, Any]]:
+    """The method of a schedule that a text calls, and the arguments."""
+    # None stands for the schedule, which is not built yet
+    bind = functools.partial(inspect.signature(getattr(Schedule, name)).bind, None)
+    given = _bound(bind, call, [(keyword.arg or "**", keyword.value) for keyword in call.keywords], text)
+    return name, {key: value for key, value in given.items() if key != "self"}
+
+
+def _bound(
+    bind: Callable[..., inspect.BoundArguments],
+    call: ast.Call,
+    pairs: list[tuple[str, ast.expr]],
+    text: str,
+) -> Mapping[str, Any]:
+    """The arguments of a call by their names."""
     args = [_literal(value, text) for value in call.args]
     kwargs = {key: _literal(value, text) for key, value in pairs}
     if len(kwargs) < len(pairs):
         raise SpecError(f"{text}: an argument is given twice")
     try:
-        bound = inspect.signature(CONSTRUCTORS[name]).bind_partial(*args, **kwargs)
+        return bind(*args, **kwargs).arguments
     except TypeError as error:
         raise SpecError(f"{text}: {error}") from None
-    return Spec(text, name, bound.arguments)
 
 
 def _literal(node: ast.expr, text: str) -> Any:

@@ -6,6 +6,7 @@ Everything but the capture itself is the code that runs on a GPU; tests/gpu/test
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,12 +145,56 @@ def test_a_replay_follows_a_hyperparameter_after_one_step_outside(gpu_backend: s
     assert not stale(optimizer)
 
 
+def test_a_replay_follows_a_cooldown_without_a_step_outside(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture)
+    other = make("reference")
+    other.step()
+
+    def replay(count: int) -> None:
+        for _ in range(count):
+            graph.replay()
+            other.step()
+            rates = [o.metrics()["lr"].item() for o in (optimizer, other)]
+            assert math.isclose(*rates, rel_tol=1e-6, abs_tol=0), optimizer.metrics()["step"]
+
+    replay(4)
+    # k comes from the device: the host does not count replays
+    for change in ("cooldown", "cooldown", "rewarm", "cancel_cooldown"):
+        for o in (optimizer, other):
+            getattr(o, change)(*(() if change == "cancel_cooldown" else (6,)))
+        replay(3)
+    assert relative_difference(weights(optimizer), weights(other)) <= GPU_STEP
+    assert optimizer.metrics()["step"].tolist() == [17] and not stale(optimizer)
+
+
+def test_a_cooldown_without_room_leaves_the_graph_until_a_step_outside(
+    gpu_backend: str, capture: Any
+) -> None:
+    many = fusedlr.cosine_with_restarts(total_steps=100, num_cycles=6, cycle_mult=1.1)
+    for _ in range(9):
+        many = many.rewarm(many.changes[-1].k + 1 if many.changes else 90, 5)
+    assert len(many.phases) == 15
+    optimizer, graph = captured(gpu_backend, capture, schedule=many)
+    for k in (97, 98):
+        optimizer.param_groups[0]["k"] = k + 3
+        optimizer.cooldown(50)
+    # 16 rows were full, 17 are needed
+    assert len(optimizer.param_groups[0]["schedule"].phases) == 17
+    before = optimizer.metrics()["step"].item()
+    graph.replay()
+    assert optimizer.metrics()["step"].item() == before + 1 and not stale(optimizer)
+    optimizer.step()
+    graph.replay()
+    assert stale(optimizer)
+
+
 def clip_no_more(optimizer: Any) -> None:
     optimizer.max_grad_norm = None
 
 
-def another_number_of_phases(optimizer: Any) -> None:
-    optimizer.param_groups[0]["schedule"] = fusedlr.warmup_stable_decay(2, 5, 30)
+def more_phases_than_there_is_room_for(optimizer: Any) -> None:
+    cycles = fusedlr.cosine_with_restarts(total_steps=100, num_cycles=9, cycle_mult=1.1)
+    optimizer.param_groups[0]["schedule"] = cycles
 
 
 def add_a_parameter(optimizer: Any) -> None:
@@ -182,7 +227,7 @@ def replace_a_moment(optimizer: Any) -> None:
     "change",
     (
         clip_no_more,
-        another_number_of_phases,
+        more_phases_than_there_is_room_for,
         add_a_parameter,
         add_an_empty_group,
         put_a_plain_dict_in_a_groups_place,

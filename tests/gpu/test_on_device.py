@@ -236,6 +236,21 @@ def test_replays_follow_a_hyperparameter_after_one_step_outside(kernels: str) ->
 
 
 @pytest.mark.gpu
+def test_replays_follow_a_cooldown_without_a_step_outside(kernels: str) -> None:
+    optimizer, replay = captured(kernels)
+    other = optimizer_of(params("cuda"), kernels)
+    in_place(other, 0)
+    for _ in range(WARM_UP):
+        other.step()
+    for change in ("cooldown", "rewarm", "cancel_cooldown"):
+        for o in (optimizer, other):
+            getattr(o, change)(*(() if change == "cancel_cooldown" else (20,)))
+        for _ in range(8):
+            replay(), other.step()
+        same_bits(optimizer, other)
+
+
+@pytest.mark.gpu
 def test_two_graphs_of_one_optimizer_take_turns(kernels: str) -> None:
     optimizer, first = captured(kernels)
     second = graphs.capture(optimizer.step, torch.device("cuda"))

@@ -130,6 +130,18 @@ ZOO: dict[str, Schedule] = {
     "table, long": fusedlr.table(lambda k: 1 / (1 + k), total_steps=4096),
     "table, two values": fusedlr.table([0.25, 0.0]),
     "table, total 1": fusedlr.table([0.7]),
+    # changed while it ran
+    "cooldown in a cosine": fusedlr.cosine(warmup_steps=50, total_steps=1000).cooldown(400, 200),
+    "cooldown in the warm-up": fusedlr.linear(warmup_steps=50, total_steps=500).cooldown(
+        20, 33, "cosine", to=0.1
+    ),
+    "cooldown in a table": fusedlr.table(lambda k: 1 / (1 + k), total_steps=64).cooldown(20, 7, "linear"),
+    "cooldown past the end": fusedlr.cosine(total_steps=40, min_lr_ratio=0.3).cooldown(77, 10, "linear"),
+    "cooldown at once": fusedlr.constant().cooldown(0, 90),
+    "cooldown, rewarm, cooldown": fusedlr.cosine_with_restarts(total_steps=400, num_cycles=5)
+    .cooldown(130, 60, "cosine", to=0.05)
+    .rewarm(160, 31, to=1.25)
+    .cooldown(250, 1),
     # phases no constructor makes: a wave up from 0 and back; a negative begin, held gaps, part of a table
     "bump": Schedule((Phase(0, 4000, 0, 0.0, 1.0, "cosine", 1.0),), 4000),
     "by hand": Schedule(

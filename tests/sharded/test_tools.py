@@ -14,3 +14,9 @@ def test_a_tool_trains_as_with_stock(tool: str, tmp_path: Path) -> None:
     for name in ("accelerate", "peft", "transformers"):
         pytest.importorskip(name)
     run("worker_tools", 2, tool, str(tmp_path))
+
+
+def test_processes_with_clocks_of_their_own_cool_down_together(tmp_path: Path) -> None:
+    for name in ("accelerate", "transformers"):
+        pytest.importorskip(name)
+    run("worker_cooldown", 2, str(tmp_path))

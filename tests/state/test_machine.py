@@ -132,7 +132,9 @@ class Machine(RuleBasedStateMachine):
         options = {key: stock[key] for key in ("betas", "eps", "weight_decay")}
         if self.independent:
             options["max_grad_norm"] = group.limit
-        return {"params": params, "lr": group.peak, "schedule": group.schedule, **options}
+        # what has become of the schedule is in the files
+        schedule = None if group.schedule is None else group.schedule.original
+        return {"params": params, "lr": group.peak, "schedule": schedule, **options}
 
     def anew(self, params: list[list[Tensor]]) -> fusedlr.FusedAdamW:
         """An optimizer with the options of the one at hand and its own history."""
@@ -334,6 +336,30 @@ class Machine(RuleBasedStateMachine):
             group.foreign = True
             self.forget_files()
 
+    @precondition(lambda self: self.whole())
+    @rule(
+        call=st.sampled_from(
+            [("cooldown", 4, "linear", 0.2), ("cooldown", 3), ("rewarm", 2), ("cancel_cooldown",)]
+        )
+    )
+    def change_the_schedules(self, call):
+        name, *given = call
+        scheduled = [group for group in self.groups if group.schedule is not None]
+        cancels = name == "cancel_cooldown"
+        if not scheduled or (cancels and not any(group.schedule.changes for group in scheduled)):
+            with pytest.raises(ValueError, match="no group has a"):
+                getattr(self.ours, name)(*given)
+            return
+        getattr(self.ours, name)(*given)
+        self.adopt()
+        for group in scheduled:
+            group.schedule = (
+                group.schedule.original if cancels else getattr(group.schedule, name)(group.k, *given)
+            )
+            if group.shown_k == group.k and not group.assigned:
+                group.show()
+        self.forget_files()
+
     @rule(index=which, k=st.integers(0, 15))
     def assign_k(self, index, k):
         ours, _, group = self.group(index)
@@ -519,6 +545,8 @@ class Machine(RuleBasedStateMachine):
             for group, latest in zip(self.groups, t, strict=True):
                 group.k = latest if self.independent else max(t)
                 group.skipped = 0
+                # and nothing tells of a cooldown
+                group.schedule = group.schedule and group.schedule.original
         for p in self.params(ours):
             p.grad = None
         self.take(ours)

@@ -55,6 +55,13 @@ def test_names_and_arguments_of_transformers():
     assert spec.parse("table([1, 0.5])").build() == fusedlr.table([1, 0.5])
 
 
+def test_schedules_that_change_while_they_run():
+    built = spec.parse("cosine(5).cooldown(20, steps=10).rewarm(25, 3, to=0.5)").build({"total_steps": 50})
+    assert built == fusedlr.cosine(5, 50).cooldown(20, 10).rewarm(25, 3, 0.5)
+    # as they are shown
+    assert spec.parse(repr(built)).build() == built
+
+
 def test_what_the_text_gives_wins():
     built = spec.parse("linear(5)").build({"warmup_steps": 20, "total_steps": 50})
     assert built == fusedlr.linear(5, 50)
@@ -82,6 +89,10 @@ def test_what_the_text_gives_wins():
         ("constant(lr=1)", "constant has no argument 'lr': known: none"),
         ("(" * 500 + "cosine" + ")" * 500, "is not a name or"),
         ("cosine(\0)", "is not a name or"),
+        ("cosine(1, 2).cooldown()", "missing a required argument: 'k'"),
+        ("cosine(1, 2).cooldown(1, 2, **{})", "got an unexpected keyword argument '**'"),
+        ("cosine(1, 2).resolve(1)", "is not a name or name(argument=value, ...)"),
+        ("cosin(1, 2).cooldown(1, 2)", "did you mean cosine?"),
     ],
 )
 def test_texts_that_are_no_schedule(text, message):
@@ -101,6 +112,8 @@ def test_texts_that_are_no_schedule(text, message):
         ("cosine(0, 10, num_cycles=1e999)", "num_cycles=inf must be a finite number"),
         ("cosine_with_restarts(0, 10, num_cycles=9, cycle_mult=1e300)", "cycle_mult=1e300"),
         ("table", "table: table() missing 1 required positional argument"),
+        ("linear(0, 10).cooldown(5, 0)", "steps=0 must be at least 1"),
+        ("linear(0, 10, min_lr=1e-5).cooldown(5, 2)", "has an absolute level"),
         ("table(3)", "fn=3 is neither a function of the step nor values in order"),
     ],
 )

@@ -261,7 +261,7 @@ def test_a_schedule_ends_where_a_later_run_follows_a_metric(tmp_path):
 
     ours, stock = run(hf.FusedLRTrainer), run(Trainer)
     assert kinds(ours) == ("FusedAdamW", "ReduceLROnPlateau")
-    assert hf._schedule_of(hf.unwrap(ours.optimizer)) is None
+    assert hf.schedule_of(hf.unwrap(ours.optimizer)) is None
     compare(ours, stock)
     assert logged(ours, "learning_rate")[-1] < LR
 

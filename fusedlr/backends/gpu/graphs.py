@@ -72,6 +72,11 @@ class Graphs:
             self._flags[key] = table
         return self._flags[key]
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether there are captured launches of this generation."""
+        return self._captured_for is not None
+
     def expect(self, made_for: Any) -> None:
         """Outdate captured launches, unless they were made for equal rows and addresses."""
         if self._captured_for is not None and self._captured_for != made_for:

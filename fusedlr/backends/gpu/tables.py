@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fusedlr.columns import CHUNK, CHUNKS, PHASE_INTS, STATE
+from fusedlr.columns import CHUNK, CHUNKS, PHASE_FLOATS, PHASE_INTS, STATE
 from fusedlr.kept import has_rest
 from fusedlr.reference import GroupStep, Row, Scope, capturing
 from fusedlr.schedule import SHAPES, Schedule, whole_and_rest
@@ -116,7 +116,7 @@ class Packed:
 
     ints: list[int]  # rows of GROUP_INTS, SCOPE_INTS, PHASE_INTS
     floats: list[float]  # rows of GROUP_FLOATS, SCOPE_FLOATS, PHASE_FLOATS, then tables
-    phases: int
+    phases: int  # rows for phases, spare ones among them
 
     @staticmethod
     def of(
@@ -153,11 +153,23 @@ class Packed:
             scope_ints += int(scope.normed), int(scope.skip_nonfinite), int(scope.by_own_norm), *own
             # a limit of inf still makes nan of a norm that is inf
             scope_floats.append(math.nan if scope.max_grad_norm is None else scope.max_grad_norm)
+        count = len(phase_ints) // len(PHASE_INTS)
+        spare = _room_for(count) - count
+        phase_ints += [0] * (spare * len(PHASE_INTS))
+        phase_floats += [0.0] * (spare * len(PHASE_FLOATS))
         return Packed(
             group_ints + scope_ints + phase_ints,
             group_floats + scope_floats + phase_floats + values,
-            len(phase_ints) // len(PHASE_INTS),
+            count + spare,
         )
+
+
+def _room_for(phases: int) -> int:
+    """Rows for so many phases, and some that a cooldown may fill without a change of the tables' layout.
+
+    A row is 56 bytes on the device, and no kernel looks at those that no group points to.
+    """
+    return max(8, 1 << phases.bit_length()) if phases else 0
 
 
 def pack_phases(schedule: Schedule, position: int) -> tuple[list[int], list[float]]:
