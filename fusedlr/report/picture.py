@@ -148,16 +148,10 @@ def _draw(panel: Panel, runs: Sequence[Run], figure: Any) -> None:
 def _rates(run: Run, axes: Any) -> None:
     for i, line in enumerate(run.rates()):
         axes.plot(run.steps, line.values, color=COLOURS[i % len(COLOURS)], linewidth=2.2, label=line.label)
+    # the colour of the text stands out from the curves, on light and on dark
+    style = {"color": matplotlib.rcParams["text.color"], "linewidth": 1, "linestyle": (0, (3, 3))}
     for i, line in enumerate(run.plans()):
-        label = "planned" if i == 0 else None
-        axes.plot(
-            run.steps,
-            line.values,
-            color=matplotlib.rcParams["text.color"],
-            linewidth=1,
-            linestyle=(0, (3, 3)),
-            label=label,
-        )
+        axes.plot(run.steps, line.values, label="planned" if i == 0 else None, **style)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.legend()

@@ -1,4 +1,4 @@
-"""`fusedlr report` says what is unusual when it is and not otherwise, and shows and writes what was recorded."""
+"""`fusedlr report` says what is unusual when it is and not otherwise, and shows what was recorded."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_some_skips_of_a_loss_scaler_are_usual():
 
 
 def falls(a: dict[str, Any]) -> None:
-    """The norm falls to a fifth over one and a half times the warm-up."""
-    a["grad_norm"] *= 5 * np.exp(-np.log(5) * np.minimum(a["step"] / (1.5 * WARMUP), 1))
+    """The norm falls to a twentieth over one and a half times the warm-up."""
+    a["grad_norm"] *= 20 * np.exp(-np.log(20) * np.minimum(a["step"] / (1.5 * WARMUP), 1))
 
 
 def settles(a: dict[str, Any]) -> None:
-    """The norm falls to a fifth over half the warm-up."""
-    a["grad_norm"] *= 5 * np.exp(-np.log(5) * np.minimum(a["step"] / (0.5 * WARMUP), 1))
+    """The norm falls to a twentieth over half the warm-up."""
+    a["grad_norm"] *= 20 * np.exp(-np.log(20) * np.minimum(a["step"] / (0.5 * WARMUP), 1))
 
 
 CASES = {
