@@ -1,4 +1,4 @@
-"""The command line: `fusedlr demo`, `fusedlr bench`, `fusedlr plot`, `fusedlr run`, `fusedlr info`."""
+"""The command line: `fusedlr demo`, `bench`, `plot`, `report`, `run` and `info`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
 
-from fusedlr import __version__, demo, info, plot, run
+from fusedlr import __version__, demo, info, plot, report, run
 from fusedlr.console import Parser
 
 # the checkout, or where the package is installed
@@ -47,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "For example: fusedlr plot cosine linear --warmup-steps 200 --total-steps 4000 --peak 1e-5",
     )
     plot.add_arguments(plot_parser)
+    report_parser = commands.add_parser(
+        "report",
+        help="show what a recorded run did and what is unusual in it",
+        description="Show the rates of a recorded run against what was planned, its norms, limits and skips, "
+        "how much its layers moved, and what is unusual, here or as a PNG or HTML file; two runs "
+        "side by side. For example: fusedlr report run.npz --out run.html",
+    )
+    report.add_arguments(report_parser)
     run_parser = commands.add_parser(
         "run",
         help="run a training script with every Hugging Face Trainer on FusedAdamW",
@@ -78,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench_package().run(args, bench_parser)
     if args.command == "plot":
         return plot.run(args, plot_parser)
+    if args.command == "report":
+        return report.run(args, report_parser)
     if args.command == "run":
         return run.run(args, run_parser)
     return info.run(args, info_parser)
