@@ -6,12 +6,10 @@ Mistakes end in `parser.error`: one line and exit code 2. Needs neither torch no
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from fusedlr.arguments import number
 from fusedlr.chart import MARKS
@@ -21,11 +19,6 @@ from fusedlr.schedule import Schedule, curves, spec
 FORMATS = (".png", ".svg")
 # curves wider than this look flat
 WIDEST = 100  # columns
-# the length of the run in the README
-TOTAL_STEPS = 4000
-WARMUP = 0.05  # of the run, the least that fine-tuning guides agree on
-DECAY = 0.1  # of the run, for schedules whose decay has a length of its own
-FLOOR = 0.1  # of the peak, where a floor must be given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +127,8 @@ def _schedules(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dic
         try:
             specs = [spec.parse(text) for text in asked]
             _check_used(args, specs, parser)
-            found = {one.text: one.build(_defaults(args, one)) for one in specs}
+            defaults = spec.Defaults(args.warmup_steps, args.total_steps, args.decay_steps, args.min_lr_ratio)
+            found = {one.text: one.build(defaults.of(one)) for one in specs}
         except spec.SpecError as error:
             parser.error(f"argument SCHEDULE: {error}")
     for message in {str(warning.message) for warning in warned}:
@@ -148,29 +142,3 @@ def _check_used(args: argparse.Namespace, specs: list[spec.Spec], parser: argpar
         if getattr(args, option) is not None and not any(option in one.takes for one in specs):
             names = ", ".join(one.name for one in specs)
             parser.error(f"argument --{option.replace('_', '-')}: not an argument of {names}")
-
-
-def _defaults(args: argparse.Namespace, one: spec.Spec) -> dict[str, Any]:
-    """What the options give a schedule, beside its own arguments."""
-    total = args.total_steps or TOTAL_STEPS
-    warmup = WARMUP if args.warmup_steps is None else args.warmup_steps
-    values: dict[str, Any] = {
-        "warmup_steps": int(warmup) if float(warmup).is_integer() else warmup,
-        "total_steps": total,
-        "decay_steps": args.decay_steps or max(1, round(DECAY * total)),
-    }
-    if "min_lr" in one.given:
-        # min_lr excludes min_lr_ratio
-        pass
-    elif args.min_lr_ratio is not None:
-        values["min_lr_ratio"] = args.min_lr_ratio
-    elif one.name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
-        values["min_lr_ratio"] = FLOOR
-    if "stable_steps" in one.given and args.total_steps is None:
-        # the length of the run follows from its phases, so a share of warm-up is resolved here
-        del values["total_steps"]
-        values["warmup_steps"] = math.ceil(total * warmup) if warmup < 1 else int(warmup)
-    if one.name == "table":
-        # a table's values say how long the run is
-        del values["total_steps"]
-    return values

@@ -399,8 +399,8 @@ def cosine_warmup_with_min_lr(
 
 
 # `warmup_type` and `decay_type` of `warmup_stable_decay` -> the shape of the phase
-_RISES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
-_FALLS = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt"}
+WARMUP_TYPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
+DECAY_TYPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt"}
 
 
 @constructor
@@ -441,8 +441,8 @@ def warmup_stable_decay(
     stable = _stable_steps(warmup, stable_steps, decay, total)
     floor = arguments.ratio("min_lr_ratio", min_lr_ratio)
     cycles = _cycles(num_cycles, decay)
-    rise = _RISES[arguments.choice("warmup_type", warmup_type, _RISES, show=str)]
-    fall = _FALLS[arguments.choice("decay_type", decay_type, _FALLS, show=str)]
+    rise = WARMUP_TYPES[arguments.choice("warmup_type", warmup_type, WARMUP_TYPES, show=str)]
+    fall = DECAY_TYPES[arguments.choice("decay_type", decay_type, DECAY_TYPES, show=str)]
     begin, end = warmup + stable, warmup + stable + decay
     phases = []
     if warmup:
