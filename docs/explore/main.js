@@ -36,8 +36,7 @@ function begin(described) {
 
 // what the address asks for
 function restore() {
-  const fragment = decodeURI(location.hash.slice(1)) === answer?.fragment ? answer.fragment : location.hash;
-  python.ask(fragment, (shown) => {
+  python.ask(location.hash, (shown) => {
     state.schedules = shown.schedules.map(({ text }) => text);
     state.selected = Math.min(state.selected, state.schedules.length - 1);
     state.readings = shown.readings;

@@ -235,6 +235,8 @@ class _Shown:
     def __init__(self, text: str, peak: float) -> None:
         self.text, self.peak = text, peak
         self.one: spec.Spec | None = None
+        # as its call says, and with its absolute levels as shares of the peak
+        self.built: Schedule | None = None
         self.schedule: Schedule | None = None
         self.problem = ""
         with warnings.catch_warnings(record=True) as warned:
@@ -242,7 +244,8 @@ class _Shown:
             try:
                 self.one = _standard(spec.parse(text))
                 # a resolved schedule gives the same rates as one that resolves itself at every update
-                self.schedule = self.one.build().resolve(peak)
+                self.built = self.one.build()
+                self.schedule = self.built.resolve(peak)
             except ValueError as error:
                 self.problem = str(error)
         self.warned = [str(warning.message) for warning in warned]
@@ -261,39 +264,36 @@ class _Shown:
             "problem": self.problem,
             "words": [],
         }
-        if self.one is None or self.schedule is None:
+        if self.one is None or self.built is None or self.schedule is None:
             return data
         total = self.schedule.total_steps
         return data | {
-            "words": [*self.warned, *self._unresolved().describe(self.peak).splitlines()],
+            "words": [*self.warned, *self.built.describe(self.peak).splitlines()],
             "readings": {
                 name: one.consequence(self.schedule) if readings.applies(self.schedule) else ""
                 for name, one in readings.READINGS.items()
             },
             "warmup_steps": warmup_steps(self.schedule),
             "total_steps": total,
-            "half": self._of_length(total // 2 if total else None),
-            "double": self._of_length(2 * total if total else None),
-            "snippets": snippets(self.one, self._unresolved(), self.peak),
+            "half": _of_length(self.built, total // 2 if total else None),
+            "double": _of_length(self.built, 2 * total if total else None),
+            "snippets": snippets(self.one, self.built, self.peak),
         }
 
-    def _unresolved(self) -> Schedule:
-        assert self.one is not None
-        return self.one.build()
 
-    def _of_length(self, total: int | None) -> str:
-        """The call that gives the same schedule over another run; empty where there is none."""
-        try:
-            return "" if total is None else repr(self._unresolved().with_total_steps(total))
-        except ValueError:
-            return ""
+def _of_length(schedule: Schedule, total: int | None) -> str:
+    """The call that gives the same schedule over another run; empty where there is none."""
+    try:
+        return "" if total is None else repr(schedule.with_total_steps(total))
+    except ValueError:
+        return ""
 
 
 def _rows(shown: list[_Shown], asked: list[int]) -> list[dict[str, Any]]:
     """The table: first, highest, last and other updates, a cell for every schedule."""
 
     def row(label: str, cell: Callable[[_Shown, Schedule], str]) -> dict[str, Any]:
-        return {"label": label, "cells": [cell(s, s.schedule) if s.schedule else "" for s in shown]}
+        return {"label": label, "cells": [cell(s, s.schedule) if s.schedule else "–" for s in shown]}
 
     def top(s: _Shown, schedule: Schedule) -> str:
         k = highest(schedule)
@@ -335,6 +335,5 @@ def _curves(shown: list[_Shown], chosen: list[readings.Reading], peak: float) ->
             if readings.applies(schedule):
                 ratio = reading.of(schedule)
                 rates = [peak * ratio(k) for k in steps]
-                label = f"{reading.name} ({reading.used_by})"
-                drawn.append({"schedule": i, "label": label, "dashed": True, "rates": rates})
+                drawn.append({"schedule": i, "label": reading.name, "dashed": True, "rates": rates})
     return {"steps": steps, "curves": drawn}

@@ -73,7 +73,7 @@ def _jump(schedule: Schedule) -> str:
     reached = _whole(schedule).lr_at(warmup)
     return (
         "behind the warm-up the cosine has been falling since update 0: where the warm-up ends "
-        f"(k = {warmup:,}) it gives {share_text(reached)} of the peak, so the rate jumps past "
+        f"(k = {warmup:,}) it gives {share_text(reached)} of the peak, a jump of the rate by "
         f"{share_text(1 - reached)} of the peak"
     )
 
