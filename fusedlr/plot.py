@@ -9,14 +9,17 @@ import argparse
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from fusedlr.arguments import number
 from fusedlr.chart import MARKS
 from fusedlr.console import drawing_path
-from fusedlr.schedule import Schedule, curves, spec
+from fusedlr.schedule import Schedule, curves, page, spec
 
 FORMATS = (".png", ".svg")
+# where http.server puts the site that `make docs` builds
+SITE = "http://localhost:8000"
 # curves wider than this look flat
 WIDEST = 100  # columns
 
@@ -63,6 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write a picture, .png or .svg, instead of drawing here (default: draw here)",
     )
+    add(
+        "--web",
+        action="store_true",
+        help="write a link to the page on which these schedules can be changed, instead of drawing here "
+        "(default: no)",
+    )
+    add(
+        "--site",
+        metavar="ADDRESS",
+        help=f"with --web, where the pages of docs/ are served (default: {SITE}, where "
+        "python -m http.server -d build/site puts them after make docs)",
+    )
     add("--describe", action="store_true", help="say in words what each schedule gives (default: no)")
     add(
         "--width",
@@ -81,7 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Draw what was asked for; returns the exit code."""
-    schedules = _schedules(args, parser)
+    if args.site is not None and not args.web:
+        parser.error("argument --site: it says where the page of --web is")
+    if args.web and args.out is not None:
+        parser.error("argument --out: not with --web, which draws nothing here")
+    asked = _asked(args, parser)
+    schedules = _built(asked, parser)
     # without --peak, rates are shares of the peak, and absolute levels are taken as shares too
     peak = 1.0 if args.peak is None else args.peak
     try:
@@ -89,7 +109,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             schedule.resolve(peak)
     except ValueError as error:
         parser.error(f"argument --peak: {error}")
-    if args.out is not None:
+    if args.web:
+        print(_link(args, asked))
+    elif args.out is not None:
         path = drawing_path(args.out, FORMATS, parser)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,18 +139,35 @@ def _legend(schedules: dict[str, Schedule], peak: float) -> list[str]:
     ]
 
 
-def _schedules(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Schedule]:
-    """Every schedule asked for, under the text that asks for it."""
-    asked = dict.fromkeys(text for argument in args.specs or ["cosine"] for text in spec.split(argument))
-    if len(asked) > len(MARKS):
+def _link(args: argparse.Namespace, asked: dict[str, spec.Spec]) -> str:
+    """The address of the page docs/explore.md that shows what was asked for."""
+    calls = tuple(one.text for one in asked.values())
+    standard = page.Address()
+    peak = standard.peak if args.peak is None else repr(args.peak)
+    site = (args.site or SITE).rstrip("/").removesuffix("/explore.html")
+    return f"{site}/explore.html#{replace(standard, schedules=calls, peak=peak).fragment()}"
+
+
+def _asked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, spec.Spec]:
+    """Every schedule asked for, with all of its arguments, under the text that asks for it."""
+    texts = dict.fromkeys(text for argument in args.specs or ["cosine"] for text in spec.split(argument))
+    if len(texts) > len(MARKS):
         parser.error(f"argument SCHEDULE: at most {len(MARKS)} schedules fit in one drawing")
+    try:
+        specs = [spec.parse(text) for text in texts]
+    except spec.SpecError as error:
+        parser.error(f"argument SCHEDULE: {error}")
+    _check_used(args, specs, parser)
+    defaults = spec.Defaults(args.warmup_steps, args.total_steps, args.decay_steps, args.min_lr_ratio)
+    return {one.text: one.filled(defaults.of(one)) for one in specs}
+
+
+def _built(asked: dict[str, spec.Spec], parser: argparse.ArgumentParser) -> dict[str, Schedule]:
+    """The schedules; what their constructors warn of goes to the terminal in one line each."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            specs = [spec.parse(text) for text in asked]
-            _check_used(args, specs, parser)
-            defaults = spec.Defaults(args.warmup_steps, args.total_steps, args.decay_steps, args.min_lr_ratio)
-            found = {one.text: one.build(defaults.of(one)) for one in specs}
+            found = {text: one.build() for text, one in asked.items()}
         except spec.SpecError as error:
             parser.error(f"argument SCHEDULE: {error}")
     for message in {str(warning.message) for warning in warned}:
