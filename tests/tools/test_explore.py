@@ -143,11 +143,8 @@ def call(name: str) -> str:
         "num_cycles": 2,
     }
     one = spec.parse(name)
-    given = {
-        key: value
-        for key, value in given.items()
-        if key in one.takes and (name, key) != ("table", "total_steps")
-    }
+    takes = {*one.takes} - ({"total_steps"} if name == "table" else set())
+    given = {key: value for key, value in given.items() if key in takes}
     return one.filled({**spec.Defaults().of(one), **given}).text
 
 
