@@ -55,13 +55,19 @@ format: env-dev  ## ruff and clang-format: rewrite
 	$(RUN) -m ruff format
 	$(if $(CSRC),.venv/bin/clang-format -i $(CSRC))
 
-docs: env-docs  ## the pages of docs/ as a site in build/site, links checked
+docs: env-docs node_modules/.package-lock.json  ## the pages of docs/ as a site in build/site, links checked
 	$(RUN) docs/make_pictures.py
 	$(RUN) tools/readme_numbers.py --check
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
-	@echo build/site/index.html
+	@echo "build/site/index.html; to explore schedules too: python3 -m http.server -d build/site"
 
-clean:  ## remove what was built and cached, except .venv
+# what the page docs/explore.md runs, from npm: downloaded once, and again where the pinned versions change
+node_modules/.package-lock.json: package.json package-lock.json
+	@command -v npm >/dev/null || { echo "make docs needs npm, which comes with Node.js" >&2; exit 1; }
+	npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+clean:  ## remove what was built and cached, except .venv and node_modules
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fusedlr/*.so .venv/.ready-*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -5,13 +5,13 @@ Run it from anywhere after a change to a schedule or to the drawing; it needs ma
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import fusedlr
 from fusedlr.schedule import curves
+from fusedlr.schedule.readings import literal
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 # one run for all pictures, so that they can be compared: a tenth of it is warm-up
@@ -27,16 +27,9 @@ class Picture:
     window: tuple[int, int] | None = None
 
 
-def literal(warmup: int, total: int) -> fusedlr.Schedule:
-    """The cosine over the whole run, of which warm-up hides the beginning."""
-    return fusedlr.table(
-        lambda k: k / warmup if k < warmup else 0.5 * (1 + math.cos(math.pi * k / total)), total + 1
-    )
-
-
 READINGS = {
     "p = (k-W)/(T-W), as here and in transformers": fusedlr.cosine(W, T),
-    "p = k/T over the whole run: jumps at W": literal(W, T),
+    "p = k/T over the whole run: jumps at W": fusedlr.table(literal(fusedlr.cosine(W, T)), T + 1),
 }
 PICTURES = {
     "constant": Picture(

@@ -78,7 +78,9 @@ class FusedAdamW(Optimizer):
             do: their norms are added. Not needed for DTensors, whose meshes say over which processes to add.
             A copy or a pickle of the optimizer is without it.
         maximize: climb instead of descend.
-        foreach, capturable, fused: accepted for torch's signature; without effect.
+        foreach: accepted for torch's signature; without effect, as are the next two.
+        capturable: see `foreach`.
+        fused: see `foreach`.
         differentiable: must be False.
 
     Raises:

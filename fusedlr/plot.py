@@ -6,26 +6,22 @@ Mistakes end in `parser.error`: one line and exit code 2. Needs neither torch no
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fusedlr.arguments import number
 from fusedlr.chart import MARKS
 from fusedlr.console import drawing_path
-from fusedlr.schedule import Schedule, curves, spec
+from fusedlr.schedule import Schedule, curves, page, spec
 
 FORMATS = (".png", ".svg")
+# where http.server puts the site that `make docs` builds
+SITE = "http://localhost:8000"
 # curves wider than this look flat
 WIDEST = 100  # columns
-# the length of the run in the README
-TOTAL_STEPS = 4000
-WARMUP = 0.05  # of the run, the least that fine-tuning guides agree on
-DECAY = 0.1  # of the run, for schedules whose decay has a length of its own
-FLOOR = 0.1  # of the peak, where a floor must be given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write a picture, .png or .svg, instead of drawing here (default: draw here)",
     )
+    add(
+        "--web",
+        action="store_true",
+        help="write a link to the page on which these schedules can be changed, instead of drawing here "
+        "(default: no)",
+    )
+    add(
+        "--site",
+        metavar="ADDRESS",
+        help=f"with --web, where the pages of docs/ are served (default: {SITE}, where "
+        "python -m http.server -d build/site puts them after make docs)",
+    )
     add("--describe", action="store_true", help="say in words what each schedule gives (default: no)")
     add(
         "--width",
@@ -88,7 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Draw what was asked for; returns the exit code."""
-    schedules = _schedules(args, parser)
+    if args.site is not None and not args.web:
+        parser.error("argument --site: it says where the page of --web is")
+    if args.web and args.out is not None:
+        parser.error("argument --out: not with --web, which draws nothing here")
+    asked = _asked(args, parser)
+    schedules = _built(asked, parser)
     # without --peak, rates are shares of the peak, and absolute levels are taken as shares too
     peak = 1.0 if args.peak is None else args.peak
     try:
@@ -96,7 +109,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             schedule.resolve(peak)
     except ValueError as error:
         parser.error(f"argument --peak: {error}")
-    if args.out is not None:
+    if args.web:
+        print(_link(args, asked))
+    elif args.out is not None:
         path = drawing_path(args.out, FORMATS, parser)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,17 +139,35 @@ def _legend(schedules: dict[str, Schedule], peak: float) -> list[str]:
     ]
 
 
-def _schedules(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Schedule]:
-    """Every schedule asked for, under the text that asks for it."""
-    asked = dict.fromkeys(text for argument in args.specs or ["cosine"] for text in spec.split(argument))
-    if len(asked) > len(MARKS):
+def _link(args: argparse.Namespace, asked: dict[str, spec.Spec]) -> str:
+    """The address of the page docs/explore.md that shows what was asked for."""
+    calls = tuple(one.text for one in asked.values())
+    standard = page.Address()
+    peak = standard.peak if args.peak is None else repr(args.peak)
+    site = (args.site or SITE).rstrip("/").removesuffix("/explore.html")
+    return f"{site}/explore.html#{replace(standard, schedules=calls, peak=peak).fragment()}"
+
+
+def _asked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, spec.Spec]:
+    """Every schedule asked for, with all of its arguments, under the text that asks for it."""
+    texts = dict.fromkeys(text for argument in args.specs or ["cosine"] for text in spec.split(argument))
+    if len(texts) > len(MARKS):
         parser.error(f"argument SCHEDULE: at most {len(MARKS)} schedules fit in one drawing")
+    try:
+        specs = [spec.parse(text) for text in texts]
+    except spec.SpecError as error:
+        parser.error(f"argument SCHEDULE: {error}")
+    _check_used(args, specs, parser)
+    defaults = spec.Defaults(args.warmup_steps, args.total_steps, args.decay_steps, args.min_lr_ratio)
+    return {one.text: one.filled(defaults.of(one)) for one in specs}
+
+
+def _built(asked: dict[str, spec.Spec], parser: argparse.ArgumentParser) -> dict[str, Schedule]:
+    """The schedules; what their constructors warn of goes to the terminal in one line each."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            specs = [spec.parse(text) for text in asked]
-            _check_used(args, specs, parser)
-            found = {one.text: one.build(_defaults(args, one)) for one in specs}
+            found = {text: one.build() for text, one in asked.items()}
         except spec.SpecError as error:
             parser.error(f"argument SCHEDULE: {error}")
     for message in {str(warning.message) for warning in warned}:
@@ -148,29 +181,3 @@ def _check_used(args: argparse.Namespace, specs: list[spec.Spec], parser: argpar
         if getattr(args, option) is not None and not any(option in one.takes for one in specs):
             names = ", ".join(one.name for one in specs)
             parser.error(f"argument --{option.replace('_', '-')}: not an argument of {names}")
-
-
-def _defaults(args: argparse.Namespace, one: spec.Spec) -> dict[str, Any]:
-    """What the options give a schedule, beside its own arguments."""
-    total = args.total_steps or TOTAL_STEPS
-    warmup = WARMUP if args.warmup_steps is None else args.warmup_steps
-    values: dict[str, Any] = {
-        "warmup_steps": int(warmup) if float(warmup).is_integer() else warmup,
-        "total_steps": total,
-        "decay_steps": args.decay_steps or max(1, round(DECAY * total)),
-    }
-    if "min_lr" in one.given:
-        # min_lr excludes min_lr_ratio
-        pass
-    elif args.min_lr_ratio is not None:
-        values["min_lr_ratio"] = args.min_lr_ratio
-    elif one.name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
-        values["min_lr_ratio"] = FLOOR
-    if "stable_steps" in one.given and args.total_steps is None:
-        # the length of the run follows from its phases, so a share of warm-up is resolved here
-        del values["total_steps"]
-        values["warmup_steps"] = math.ceil(total * warmup) if warmup < 1 else int(warmup)
-    if one.name == "table":
-        # a table's values say how long the run is
-        del values["total_steps"]
-    return values

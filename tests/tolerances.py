@@ -98,3 +98,8 @@ GPU_RMS_FLOOR = 6e-8
 CUDA_BIAS_ULPS = 2
 # its root: half the relative error, which is at most as many ulp, and a rounding (measured: 1.14)
 CUDA_ROOT_BIAS_ULPS = 2.5
+
+# rates that take a sine, in the browser against Python here, relative to the peak. Each C library rounds a
+# sine to within 1 ulp, so that two may lie 2 ulp apart; a square doubles that and rounds once more, and the
+# two levels' weights, products, sum and peak add at most as much (measured: 2 ulp of 2.2e-16)
+OTHER_SINE = 8 * 2.0**-52

@@ -36,7 +36,9 @@ def lr_scheduler(
         optimizer: not the one that steps in the backward pass.
         num_training_steps: updates in the run.
         last_epoch: the recipe's count of updates made, less one.
-        name, num_warmup_steps, arguments: as `fusedlr.from_hf` takes them.
+        name: as `fusedlr.from_hf` takes it, a name of transformers.
+        num_warmup_steps: updates of warm-up, as `fusedlr.from_hf` takes them.
+        **arguments: the schedule's own, as `fusedlr.from_hf` takes them.
 
     Raises:
         TypeError: the optimizer is another one.

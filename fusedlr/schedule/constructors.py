@@ -400,7 +400,7 @@ def cosine_warmup_with_min_lr(
 
 
 # `warmup_type` of `warmup_stable_decay` -> the shape of the phase; `decay_type` is the shape
-_RISES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
+WARMUP_TYPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "1-sqrt-rise"}
 
 
 @constructor
@@ -441,7 +441,7 @@ def warmup_stable_decay(
     stable = _stable_steps(warmup, stable_steps, decay, total)
     floor = arguments.ratio("min_lr_ratio", min_lr_ratio)
     cycles = _cycles(num_cycles, decay)
-    rise = _RISES[arguments.choice("warmup_type", warmup_type, _RISES, show=str)]
+    rise = WARMUP_TYPES[arguments.choice("warmup_type", warmup_type, WARMUP_TYPES, show=str)]
     fall = arguments.choice("decay_type", decay_type, FALLS, show=str)
     begin, end = warmup + stable, warmup + stable + decay
     phases = []

@@ -46,10 +46,10 @@ def describe(schedule: _Described, peak: float | None = None) -> str:
     known = schedule.resolve(math.inf if peak is None else peak)
     absolute = None if peak is not None else _absolute(schedule)
     total = schedule.total_steps
-    warmup, top = warmup_steps(schedule), _highest(known)
+    warmup, top = warmup_steps(schedule), highest(known)
 
     def rate(k: int) -> str:
-        share = f"{_share(known.lr_at(k))} of the peak"
+        share = f"{share_text(known.lr_at(k))} of the peak"
         return share if peak is None else f"{known.lr_at(k, peak):.4g} ({share})"
 
     lines = [f"{schedule!r}" if peak is None else f"{schedule!r}, peak {peak:g}"]
@@ -79,7 +79,8 @@ def describe(schedule: _Described, peak: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def _share(ratio: float) -> str:
+def share_text(ratio: float) -> str:
+    """A ratio in per cent, as sentences give it."""
     return f"{100 * ratio:.3g} %"
 
 
@@ -103,7 +104,7 @@ def warmup_steps(schedule: _Described) -> int:
     return schedule.phases[1].begin if len(schedule.phases) > 1 else first.end
 
 
-def _highest(schedule: _Described) -> int:
+def highest(schedule: _Described) -> int:
     """The first of the updates that get the highest rate."""
     total = schedule.total_steps or schedule.phases[-1].end + 1
     steps = {*range(0, total, math.ceil(total / _SAMPLES))}
@@ -122,7 +123,7 @@ def _warmup_line(warmup: int, total: int | None) -> str:
     share = warmup / total
     where = "within" if low <= share <= high else "shorter than" if share < low else "longer than"
     return (
-        f"warm-up: {warmup:,} updates, {_share(share)} of the run; {where} the usual "
+        f"warm-up: {warmup:,} updates, {share_text(share)} of the run; {where} the usual "
         f"{max(1, round(low * total)):,} to {max(1, round(high * total)):,} updates ({low:.0%} to {high:.0%})"
     )
 

@@ -1,6 +1,7 @@
 """Schedules from text, as the command line takes them: `cosine` or `cosine(200, 4000).cooldown(2500, 500)`.
 
-The text is parsed, never run: a name of ours or of transformers, and literal values. `fusedlr plot` calls it.
+The text is parsed, never run: a name of ours or of transformers, and literal values. `fusedlr plot` and the
+page docs/explore.md call it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,12 @@ from fusedlr.schedule.schedule import Schedule
 # transformers' keywords that all of its schedules share; those of single ones are in `TRANSFORMERS`
 _SHARED = {"num_warmup_steps": "warmup_steps", "num_training_steps": "total_steps"}
 NAMES = sorted(CONSTRUCTORS)
+
+# the length of the run in the README
+TOTAL_STEPS = 4000
+WARMUP = 0.05  # of the run, the least that fine-tuning guides agree on
+DECAY = 0.1  # of the run, for schedules whose decay has a length of its own
+FLOOR = 0.1  # of the peak, where a floor must be given
 
 
 class SpecError(ValueError):
@@ -70,15 +78,68 @@ class Spec:
         Raises:
             SpecError: the constructor refuses its arguments.
         """
-        filled = {key: value for key, value in (defaults or {}).items() if key in self.takes}
         try:
-            schedule = CONSTRUCTORS[self.name](**{**filled, **self.given})
+            schedule = CONSTRUCTORS[self.name](**self.filled(defaults or {}).given)
             for name, given in self.changes:
                 schedule = getattr(schedule, name)(**given)
             return schedule
         # a literal may be of any type, so constructors raise more than ValueError
         except (TypeError, ValueError, OverflowError) as error:
             raise SpecError(f"{self.text}: {error}") from None
+
+    def filled(self, defaults: Mapping[str, Any]) -> Spec:
+        """The same with `defaults` for arguments it takes and does not give; its text names every argument.
+
+        >>> parse("linear(10)").filled({"total_steps": 100}).text
+        'linear(warmup_steps=10, total_steps=100)'
+        """
+        every = {**defaults, **self.given}
+        given = {name: every[name] for name in self.takes if name in every}
+        calls = [(self.name, given), *self.changes]
+        text = ".".join(f"{name}({', '.join(f'{key}={x!r}' for key, x in of.items())})" for name, of in calls)
+        return Spec(text, self.name, given, self.changes)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a schedule gets where its text does not say; None is the usual value for the run of the README.
+
+    Attributes:
+        warmup_steps: updates of warm-up, or below 1 a share of the run.
+        total_steps: updates in the run.
+        decay_steps: updates of a decay that has a length of its own.
+        min_lr_ratio: floor as a ratio of the peak; None is 0 where no floor must be given.
+    """
+
+    warmup_steps: float | None = None
+    total_steps: int | None = None
+    decay_steps: int | None = None
+    min_lr_ratio: float | None = None
+
+    def of(self, one: Spec) -> dict[str, Any]:
+        """The arguments that `one` gets beside its own."""
+        total = self.total_steps or TOTAL_STEPS
+        warmup = WARMUP if self.warmup_steps is None else self.warmup_steps
+        values: dict[str, Any] = {
+            "warmup_steps": int(warmup) if float(warmup).is_integer() else warmup,
+            "total_steps": total,
+            "decay_steps": self.decay_steps or max(1, round(DECAY * total)),
+        }
+        if "min_lr" in one.given:
+            # min_lr excludes min_lr_ratio
+            pass
+        elif self.min_lr_ratio is not None:
+            values["min_lr_ratio"] = self.min_lr_ratio
+        elif one.name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+            values["min_lr_ratio"] = FLOOR
+        if "stable_steps" in one.given and self.total_steps is None:
+            # the length of the run follows from its phases, so a share of warm-up is resolved here
+            del values["total_steps"]
+            values["warmup_steps"] = math.ceil(total * warmup) if warmup < 1 else int(warmup)
+        if one.name == "table":
+            # a table's values say how long the run is
+            del values["total_steps"]
+        return values
 
 
 def parse(text: str) -> Spec:

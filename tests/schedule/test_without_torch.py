@@ -14,7 +14,7 @@ import sys
 sys.modules["torch"] = sys.modules["numpy"] = None
 
 from fusedlr import arguments, schedule
-from fusedlr.schedule import curves, spec
+from fusedlr.schedule import curves, page, spec
 
 needed = {
     "constant": {},
@@ -33,6 +33,8 @@ for name, build in schedule.CONSTRUCTORS.items():
     assert schedule.Schedule.from_numbers(resolved.to_numbers()) == resolved
 assert schedule.from_hf("linear", 10, 100) == spec.parse("linear(10, num_training_steps=100)").build()
 arguments.hyperparameters({"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "betas": (0.9, 0.999)})
+shown = page.show("schedule=cosine(10,+100)&reading=literal")
+assert not shown["problems"] and len(shown["curves"]) == 2
 print(*schedule.CONSTRUCTORS)
 """
 

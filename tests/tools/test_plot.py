@@ -12,7 +12,7 @@ from schedule.schedule_zoo import PEAK, ZOO
 
 import fusedlr
 from fusedlr import cli
-from fusedlr.schedule import curves, spec
+from fusedlr.schedule import curves, page, spec
 
 CALLS = {
     "cosine": {"total_steps": 100},
@@ -221,6 +221,8 @@ def test_picture(suffix, tmp_path, capsys):
         (["cosine", "--warmup-steps", "1.5"], "warmup_steps=1.5 is not an integer"),
         (["polynomial", "--peak", "1e-9"], "argument --peak: lr_end=1e-07 is above the peak lr=1e-09"),
         (["--peak", "0"], "argument --peak: 0 is out of range"),
+        (["--site", "http://localhost"], "argument --site: it says where the page of --web is"),
+        (["--web", "--out", "x.png"], "argument --out: not with --web"),
         (["--out", "x.pdf"], "argument --out: x.pdf must end in .png or .svg"),
         (["--out", "/dev/null/x.png"], "argument --out: "),
         ([",".join(f"cosine({n}, 100)" for n in range(9))], "at most 8 schedules fit in one drawing"),
@@ -229,6 +231,24 @@ def test_picture(suffix, tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, message, capsys):
     line = refused(capsys, *arguments)
     assert line.startswith("fusedlr plot: error: ") and message in line
+
+
+def test_the_link_shows_the_same_schedules(capsys):
+    assert plot("cosine", "linear(100, 1000)", "table([1, 0.5])", "--peak", "1e-3", "--web") == 0
+    address, _, fragment = capsys.readouterr().out.strip().partition("#")
+    assert address == "http://localhost:8000/explore.html"
+    shown = page.show(fragment)
+    assert not shown["problems"] and shown["peak"] == 1e-3
+    assert [one["text"] for one in shown["schedules"]] == [
+        "cosine(warmup_steps=0.05, total_steps=4000)",
+        "linear(warmup_steps=100, total_steps=1000)",
+        "table(fn=[1, 0.5])",
+    ]
+    # a constructor without arguments, and another place
+    assert plot("constant", "--web", "--describe", "--site", "https://example.org/docs/") == 0
+    link, _, *words = capsys.readouterr().out.splitlines()
+    assert link == "https://example.org/docs/explore.html#schedule=constant()&peak=0.0002"
+    assert words == fusedlr.constant().describe().splitlines()
 
 
 def test_a_folder_is_no_picture(tmp_path, capsys):
@@ -248,7 +268,7 @@ def test_every_option_is_explained(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     options = text[text.index("options:") :].split("\n  -")[2:]
-    assert len(options) == 9
+    assert len(options) == 11
     assert all("(default:" in " ".join(option.split()) for option in options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import runpy
@@ -144,6 +145,17 @@ def test_pictures_are_those_that_the_script_draws():
     assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == drawn
     page = (ROOT / "docs" / "schedules.md").read_text()
     assert set(re.findall(r"\(pictures/([\w.]+)\)", page)) == drawn
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = set(re.findall(r"^::: (\S+)$", page, re.M))
+    public = {f"fusedlr.{name}" for name in fusedlr.__all__ if name != "lora"}
+    public |= {f"fusedlr.lora.{name}" for name in fusedlr.lora.__all__}
+    assert public <= listed
+    pytest.importorskip("transformers")
+    hf = importlib.import_module("fusedlr.hf")
+    assert {f"fusedlr.hf.{name}" for name in hf.__all__} <= listed
 
 
 # modules whose messages go to people at a command line, in full
