@@ -66,7 +66,7 @@ SLIDERS = {
     "cycle_mult": Slider(0.5, 4, 0.1),
     "power": Slider(0.1, 6, 0.1),
 }
-_CHOICES = {"warmup_type": WARMUP_TYPES, "decay_type": FALLS}
+_CHOICES: dict[str, Iterable[str]] = {"warmup_type": WARMUP_TYPES, "decay_type": FALLS}
 
 
 @dataclass(frozen=True)
