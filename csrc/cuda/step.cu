@@ -392,11 +392,12 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
     float sums[2] = {};
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
+        const int first = (r * kThreads + thread) * kEach;
 #pragma unroll
         for (int h = 0; h < kEach / 4; ++h) {
-            const int i = (r * kThreads + thread) * kEach + 4 * h;
+            const int i = first + 4 * h;
             float squares = 0;
-            if (i < wide) {
+            if (first < wide) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const float x = load(fetched[r].x[4 * h + j]) * factor;

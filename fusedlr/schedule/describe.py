@@ -56,8 +56,8 @@ def describe(schedule: _Described, peak: float | None = None) -> str:
     lines.append(f"first update (k = 0): {rate(0)}")
     lines.append(f"highest update (k = {top:,}): {rate(top)}")
     lines += [
-        f"{change.kind} from k = {change.k:,} on: from {rate(change.k)} to {share_text(change.to)} of the peak, "
-        f"which update k = {change.k + change.steps:,} gets; {change.shape}"
+        f"{change.kind} from k = {change.k:,} on: from {rate(change.k)} to {share_text(change.to)} of the "
+        f"peak, which update k = {change.k + change.steps:,} gets; {change.shape}"
         for change in schedule.changes
     ]
     if total is None:
