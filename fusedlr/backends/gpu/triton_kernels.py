@@ -45,6 +45,7 @@ THREADS = 128
 LANES = tl.constexpr(512)
 SUMS = tl.constexpr(1024)
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
+Z_EPS = tl.constexpr(reference.Z_EPS)
 # the interpreter truncates fp32 to bf16, where hardware rounds
 TRUNCATES = tl.constexpr(knobs.runtime.interpret)
 
@@ -96,9 +97,24 @@ SKIP_NONFINITE = tl.constexpr(_SCOPE_INTS.index("skip_nonfinite"))
 BY_OWN_NORM = tl.constexpr(_SCOPE_INTS.index("by_own_norm"))
 FIRST_SLOT = tl.constexpr(_SCOPE_INTS.index("first_slot"))
 LAST_SLOT = tl.constexpr(_SCOPE_INTS.index("last_slot"))
+FIRST_GROUP = tl.constexpr(_SCOPE_INTS.index("first_group"))
+SKIP_SPIKES = tl.constexpr(_SCOPE_INTS.index("skip_spikes"))
 
 SCOPE_FLOATS = tl.constexpr(len(_SCOPE_FLOATS))
 MAX_GRAD_NORM = tl.constexpr(_SCOPE_FLOATS.index("max_grad_norm"))
+WARMUP_STEPS = tl.constexpr(_SCOPE_FLOATS.index("warmup_steps"))
+Z_THRESH = tl.constexpr(_SCOPE_FLOATS.index("z_thresh"))
+ONE_ALPHA = tl.constexpr(_SCOPE_FLOATS.index("one_alpha"))
+
+USED_LR = tl.constexpr(columns.USED.index("lr"))
+USED_NORM = tl.constexpr(columns.USED.index("grad_norm"))
+USED_COEF = tl.constexpr(columns.USED.index("coef"))
+USED_LIMIT = tl.constexpr(columns.USED.index("limit"))
+SEEN = tl.constexpr(columns.USED.index("seen"))
+MEAN = tl.constexpr(columns.USED.index("mean"))
+MEAN_REST = tl.constexpr(columns.USED.index("mean_rest"))
+VARIANCE = tl.constexpr(columns.USED.index("variance"))
+VARIANCE_REST = tl.constexpr(columns.USED.index("variance_rest"))
 
 
 @triton.jit
@@ -221,24 +237,77 @@ def place(chunk, tensors, gradients):
 
 
 @triton.jit
-def decide(ints, floats, squares, found_inf):
-    """What holds for a scope, or a vector of scopes: its norm, the clipping coefficient, whether to skip.
+def judge(norm, ints, floats, used, groups):
+    """`reference.judge` for a scope, or a vector of scopes, by its rows."""
+    norms = used + tl.load(ints + FIRST_GROUP)
+    deviation = tl.sqrt_rn(tl.load(norms + VARIANCE * groups) + tl.load(norms + VARIANCE_REST * groups))
+    mean = tl.load(norms + MEAN * groups)
+    mean_rest = tl.load(norms + MEAN_REST * groups)
+    z_thresh = tl.load(floats + Z_THRESH)
+    z = tl.div_rn((norm - mean) - mean_rest, deviation + Z_EPS)
+    spike = (tl.load(norms + SEEN * groups) >= tl.load(floats + WARMUP_STEPS)) & (z > z_thresh)
+    # without a spike z may be 0
+    above = tl.div_rn(z_thresh * z_thresh * deviation, tl.where(spike, z, 1.0))
+    limit = mean + (above + mean_rest)
+    return spike, tl.where(spike, limit, norm)
+
+
+@triton.jit
+def exact_sum(a, b):
+    """`reference.exact_sum`."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+@triton.jit
+def move_norms(norms, groups, held, warmup_steps, one_alpha, inside):
+    """Store what `reference.moved` makes of the norms at these pointers, where `inside`."""
+    seen = tl.load(norms + SEEN * groups, mask=inside, other=0.0)
+    mean = tl.load(norms + MEAN * groups, mask=inside, other=0.0)
+    mean_rest = tl.load(norms + MEAN_REST * groups, mask=inside, other=0.0)
+    variance = tl.load(norms + VARIANCE * groups, mask=inside, other=0.0)
+    variance_rest = tl.load(norms + VARIANCE_REST * groups, mask=inside, other=0.0)
+    warm = seen >= warmup_steps
+    weight = tl.where(warm, one_alpha, tl.div_rn(1.0, seen + 1))
+    above = (held - mean) - mean_rest
+    mean, mean_rest = exact_sum(mean, mean_rest + weight * above)
+    left = (held - mean) - mean_rest
+    change = weight * ((tl.where(warm, left, above) * left - variance) - variance_rest)
+    variance, variance_rest = exact_sum(variance, variance_rest + change)
+    tl.store(norms + SEEN * groups, seen + 1, mask=inside)
+    tl.store(norms + MEAN * groups, mean, mask=inside)
+    tl.store(norms + MEAN_REST * groups, mean_rest, mask=inside)
+    tl.store(norms + VARIANCE * groups, variance, mask=inside)
+    tl.store(norms + VARIANCE_REST * groups, variance_rest, mask=inside)
+
+
+@triton.jit
+def decide(ints, floats, squares, found_inf, used, groups):
+    """What holds for a scope, or a vector of scopes: its norm, the clipping coefficient, the limit, what its
+    `ZClip` holds the norm to, whether to skip.
 
     `ints` and `floats` are its rows, `squares` points at its sum of squares.
     """
     normed = tl.load(ints + NORMED)
     norm = tl.sqrt_rn(tl.load(squares, mask=normed != 0, other=float("nan")))
-    limit = tl.load(floats + MAX_GRAD_NORM)
-    # a nan stays; without clipping the limit is nan
-    coef = tl.div_rn(limit, norm + CLIP_EPS)
-    coef = tl.where((coef > 1) | (limit != limit), 1.0, coef)
+    highest = tl.load(floats + MAX_GRAD_NORM)
+    # without a ZClip no norm is a spike
+    spike, held = judge(norm, ints, floats, used, groups)
+    limit = tl.where((highest < held) | (tl.load(floats + ONE_ALPHA) == 0), highest, held)
+    highest = tl.where(spike, limit, highest)
+    # a nan stays; without clipping the highest norm is nan
+    coef = tl.div_rn(highest, norm + CLIP_EPS)
+    coef = tl.where((coef > 1) | (highest != highest), 1.0, coef)
+    limit = tl.where(highest != highest, float("inf"), limit)
     # anything but 0, nan included; read as often as there are scopes, as the interpreter cannot spread a flag
     found = tl.load(found_inf + normed * 0) != 0
     skips = tl.load(ints + SKIP_NONFINITE) != 0
     bad = ~(tl.abs(norm) < float("inf"))
     by_own_norm = tl.load(ints + BY_OWN_NORM) != 0
     skip = (by_own_norm & bad & (skips | found)) | (~by_own_norm & (found | (skips & bad)))
-    return norm, coef, skip
+    skip = skip | (spike & (tl.load(ints + SKIP_SPIKES) != 0))
+    return norm, coef, limit, held, skip
 
 
 @triton.jit
@@ -371,7 +440,7 @@ def step_kernel(
     floats,  # fp32: (groups, GROUP_FLOATS), (scopes, SCOPE_FLOATS), (phases, PHASE_FLOATS), tables
     rates,  # fp32 (groups,): rates that are given as numbers
     counts,  # int64 (4, groups): k, skipped, skips_in_row, stale
-    used,  # fp32 (3, groups): lr, grad_norm, coef
+    used,  # fp32 (9, groups): columns.USED
     squares,  # fp32 (scopes,)
     tickets,  # int32 (2,)
     generation,  # int32 (1,): of the tensors and tables
@@ -405,16 +474,23 @@ def step_kernel(
     phase_floats = scope_floats + scopes * SCOPE_FLOATS
     table = phase_floats + phases * PHASE_FLOATS
     scope = tl.load(chunk + SCOPE)
-    norm, coef, skip = decide(
-        scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+    norm, coef, limit, _, skip = decide(
+        scope_ints + scope * SCOPE_INTS,
+        scope_floats + scope * SCOPE_FLOATS,
+        squares + scope,
+        found_inf,
+        used,
+        groups,
     )
     k = tl.load(counts + group)
     lr = lr_at(group_ints, group_floats, rates + group, phase_ints, phase_floats, table, k)
     steps = tl.load(active + scope) != 0
     if (tl.load(chunk + FIRST_OF_GROUP) != 0) & steps:
-        tl.store(used + group, lr)
-        tl.store(used + groups + group, norm)
-        tl.store(used + 2 * groups + group, coef)
+        own = used + group
+        tl.store(own + USED_LR * groups, lr)
+        tl.store(own + USED_NORM * groups, norm)
+        tl.store(own + USED_COEF * groups, coef)
+        tl.store(own + USED_LIMIT * groups, limit)
     row, gradient, begin, left = place(chunk, tensors, gradients)
     if (left > 0) & steps & (~skip):
         s = scalars(row, group_floats, lr, tl.div_rn(1.0, tl.load(grad_scale)) * coef)
@@ -440,25 +516,46 @@ def step_kernel(
             scope_ints,
             scope_floats,
             counts,
+            used,
             squares,
             groups,
+            scopes,
             count,
         )
 
 
 @triton.jit
 def count_step(
-    gradients, active, found_inf, tensors, ints, scope_ints, scope_floats, counts, squares, groups, count
+    gradients,
+    active,
+    found_inf,
+    tensors,
+    ints,
+    scope_ints,
+    scope_floats,
+    counts,
+    used,
+    squares,
+    groups,
+    scopes,
+    count,
 ):
-    """Move the counters of the groups that made the step and of the tensors that were updated."""
+    """Move the counters of the groups that made the step and of the tensors that were updated, and the norms
+    of scopes with a `ZClip`.
+    """
     lanes = tl.arange(0, LANES)
     begin = 0
     while begin < groups:
         inside = begin + lanes < groups
         group = tl.where(inside, begin + lanes, 0)
         scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
-        _, _, skip = decide(
-            scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+        _, _, _, _, skip = decide(
+            scope_ints + scope * SCOPE_INTS,
+            scope_floats + scope * SCOPE_FLOATS,
+            squares + scope,
+            found_inf,
+            used,
+            groups,
         )
         inside = inside & (tl.load(active + scope) != 0)
         skipped = skip.to(tl.int64)
@@ -477,12 +574,33 @@ def count_step(
         tensor = tl.where(inside, begin + lanes, 0)
         row = tensors + tensor * TENSOR_COLUMNS
         scope = tl.load(ints + tl.load(row + GROUP_OF) * GROUP_INTS + SCOPE_OF)
-        _, _, skip = decide(
-            scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+        _, _, _, _, skip = decide(
+            scope_ints + scope * SCOPE_INTS,
+            scope_floats + scope * SCOPE_FLOATS,
+            squares + scope,
+            found_inf,
+            used,
+            groups,
         )
         ts = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
         inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0) & ~skip
         tl.store(ts, tl.load(ts, mask=inside, other=0.0) + 1.0, mask=inside)
+        begin += LANES
+    begin = 0
+    while begin < scopes:
+        inside = begin + lanes < scopes
+        # lanes outside look at what is moved in the same round, before the barrier
+        scope = tl.where(inside, begin + lanes, scopes - 1)
+        row = scope_ints + scope * SCOPE_INTS
+        floats = scope_floats + scope * SCOPE_FLOATS
+        one_alpha = tl.load(floats + ONE_ALPHA)
+        inside = inside & (tl.load(active + scope) != 0) & (one_alpha > 0)
+        norm, _, _, held, skip = decide(row, floats, squares + scope, found_inf, used, groups)
+        inside = inside & ~skip & (tl.abs(norm) < float("inf"))
+        norms = used + tl.load(row + FIRST_GROUP)
+        # every thread has decided by the norms before one moves them
+        tl.debug_barrier()
+        move_norms(norms, groups, held, tl.load(floats + WARMUP_STEPS), one_alpha, inside)
         begin += LANES
 
 
