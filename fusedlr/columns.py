@@ -8,11 +8,13 @@ reads this file before there is torch.
 # group under which there is such a tensor; None where there always is one.
 STATE: dict[str, str | None] = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
 
-# The rows of floats per group: what the last step used, and the norms so far of a scope that has a `ZClip`,
-# in the column of its first group: how many, and their mean and variance, each the sum of two numbers,
-# because fp32 has too few digits.
+# The rows of floats per group: what the last step used; what the blocks of a step on a GPU tell the last one,
+# which counts it (what a `ZClip` holds the norm to, and whether the step is skipped); and the norms so far of
+# a scope that has a `ZClip`, in the column of its first group: how many, and their mean and variance, each
+# the sum of two numbers, because fp32 has too few digits.
+METRICS = ("lr", "grad_norm", "coef", "limit")
 NORMS = ("seen", "mean", "mean_rest", "variance", "variance_rest")
-USED = ("lr", "grad_norm", "coef", "limit", *NORMS)
+USED = (*METRICS, "held", "skip", *NORMS)
 
 # Elements per chunk of a tensor, which is the work of one program on a GPU. Its own part of the traffic, 112
 # KiB in fp32, is some 30 times what it reads to get there, and tensors of a few thousand elements still

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedlr import arguments
-from fusedlr.columns import NORMS
+from fusedlr.columns import METRICS, NORMS, USED
 from fusedlr.groups import Notes, ParamGroup, ScopeKey, check_rates, has_schedule, scope_keys, scopes_of
 from fusedlr.reference import Counters, Made, capturing, is_fake, scalar_dtype, split_norms
 from fusedlr.schedule import Schedule, check_schedule
@@ -390,7 +390,7 @@ class Counts:
         for i, (k, skipped) in at.items():
             if not is_fake(c.counts):
                 c.counts[:3, i] = torch.tensor([k, skipped, 0], dtype=torch.int64, device="cpu")
-                fresh = [0, math.nan, 1, math.inf, *[0] * len(NORMS)]
+                fresh = [0, math.nan, 1, math.inf, *[0] * (len(USED) - len(METRICS))]
                 c.used[:, i] = torch.tensor(fresh, dtype=c.used.dtype, device="cpu")
             self.k[i] = k
         self.sync()
@@ -478,7 +478,7 @@ def _pack(counters: Counters) -> Tensor:
     """All counters as one matrix (8, groups) of floats, so that one copy takes them."""
     # a backend may keep in fp32 what a step used; `k` would lose its last digits in it
     dtype = scalar_dtype(counters.k.device)
-    return torch.cat([counters.counts.to(dtype), counters.used[: -len(NORMS)].to(dtype)])
+    return torch.cat([counters.counts.to(dtype), counters.used[: len(METRICS)].to(dtype)])
 
 
 class UpdateCounts:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fusedlr.columns import NORMS, USED
+from fusedlr.columns import METRICS, NORMS, USED
 from fusedlr.guard import ZClip
 from fusedlr.schedule import Schedule, evaluate
 
@@ -275,9 +275,10 @@ class Counters:
         counts: int64 of shape (4, groups). Its rows are `k` (updates made: drives the schedule), `skipped`
             (steps), `skips_in_row` (steps skipped since the last update) and `stale` (replays of a captured
             step that found other tensors than it was captured with, and did nothing).
-        used: of shape (9, groups). Its rows are `lr`, `grad_norm` (nan where none was needed), `coef` (of
-            clipping, 1 where nothing was clipped), `limit` (of the norm, inf where there was none) and
-            `norms`: those of `columns.NORMS`, in the column of a scope's first group.
+        used: of shape (11, groups), the rows `columns.USED`: `lr`, `grad_norm` (nan where none was needed),
+            `coef` (of clipping, 1 where nothing was clipped), `limit` (of the norm, inf where there was
+            none), two that are a GPU step's own, and `norms`: those of `columns.NORMS`, in the column of a
+            scope's first group.
         squares: of shape (groups,) and never empty, the dtype of `used`: in the first places, per scope, the
             sum of squares of the unscaled gradients of the step under way.
         graphs: what a GPU backend must keep for the CUDA graphs that have captured its steps; it goes on with
@@ -296,7 +297,7 @@ class Counters:
         self._name_used()
 
     def _name_used(self) -> None:
-        self.lr, self.grad_norm, self.coef, self.limit = self.used[: -len(NORMS)].unbind()
+        self.lr, self.grad_norm, self.coef, self.limit = self.used[: len(METRICS)].unbind()
         self.norms = self.used[-len(NORMS) :]
 
     def use_fp32(self) -> None:

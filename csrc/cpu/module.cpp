@@ -56,7 +56,7 @@ const Kernel& kernel_for(const std::string& isa) {
     throw std::invalid_argument("this machine cannot run " + isa);
 }
 
-// counts: of shape (4, groups), used: of shape (9, groups), as in reference.Counters
+// counts: of shape (4, groups), used: of shape (11, groups), as in reference.Counters
 Counters make_counters(uintptr_t counts, uintptr_t used, uintptr_t squares, size_t groups) {
     int64_t* const k = reinterpret_cast<int64_t*>(counts);
     double* const rows = reinterpret_cast<double*>(used);

@@ -306,16 +306,20 @@ __device__ void finish_squares(const Step& step) {
     }
 }
 
+// whether the step of a group is skipped, as the block has said that has its first chunk
+__device__ bool skipped(const Step& step, int64_t group) {
+    return __ldcg(step.used + k_skip * step.groups + group) != 0;
+}
+
 // a norm enters those that the ZClip of its scope has seen
 __device__ void move_norms_of(const Step& step, int64_t scope) {
     const Guard<float> guard = guard_of(step, scope);
     if (!step.active[scope] || !(guard.one_alpha > 0)) return;
-    const Decision decision = decide(step, scope);
-    if (decision.skip || !isfinite(decision.norm)) return;
     const int64_t group = scope_ints(step)[scope].first_group, groups = step.groups;
-    Norms<float> norms = norms_of(step, group);
-    move_norms(norms, decision.held, guard);
     float* const used = step.used + group;
+    if (skipped(step, group) || !isfinite(__ldcg(used + k_grad_norm * groups))) return;
+    Norms<float> norms = norms_of(step, group);
+    move_norms(norms, __ldcg(used + k_held * groups), guard);
     used[k_seen * groups] = norms.seen;
     used[k_mean * groups] = norms.mean, used[k_mean_rest * groups] = norms.mean_rest;
     used[k_variance * groups] = norms.variance, used[k_variance_rest * groups] = norms.variance_rest;
@@ -329,10 +333,10 @@ __device__ void count_step(const Launch<N>& launch) {
     for (int32_t i = threadIdx.x; i < groups; i += kThreads) {
         const int64_t scope = step.group_ints[i].scope;
         if (!step.active[scope]) continue;
-        const bool skip = decide(step, scope).skip;
-        int64_t *const k = step.counts + i, *const skipped = k + groups, *const in_row = skipped + groups;
+        const bool skip = skipped(step, i);
+        int64_t *const k = step.counts + i, *const skips = k + groups, *const in_row = skips + groups;
         *k += !skip;
-        *skipped += skip;
+        *skips += skip;
         *in_row = skip ? *in_row + 1 : 0;
     }
     for (int32_t i = threadIdx.x; i < step.rows; i += kThreads) {
@@ -340,10 +344,8 @@ __device__ void count_step(const Launch<N>& launch) {
         if (step.some_missing && !gradient_of(launch, i)) continue;
         const TensorRow& row = step.tensors[i];
         const int64_t scope = step.group_ints[row.group].scope;
-        if (step.active[scope] && !decide(step, scope).skip) *pointer<float>(uint64_t(row.step)) += 1;
+        if (step.active[scope] && !skipped(step, row.group)) *pointer<float>(uint64_t(row.step)) += 1;
     }
-    // all threads have decided by the norms as they were
-    __syncthreads();
     for (int32_t i = threadIdx.x; i < step.scopes; i += kThreads) move_norms_of(step, i);
 }
 
@@ -366,6 +368,8 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
         const int64_t groups = step.groups;
         used[k_lr * groups] = lr, used[k_grad_norm * groups] = decision.norm;
         used[k_coef * groups] = decision.coef, used[k_limit * groups] = decision.limit;
+        // for the last block, which counts
+        used[k_held * groups] = decision.held, used[k_skip * groups] = decision.skip;
     }
     skip = decision.skip || !active;
     if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);

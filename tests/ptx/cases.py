@@ -15,7 +15,7 @@ from gpu.steps import MOMENTS
 from tolerances import GPU_16_BIT_SHARE, GPU_RMS_FLOOR, GPU_RMS_RATIO, GPU_STEP, GPU_USED
 from torch import Tensor
 
-from fusedlr.columns import NORMS
+from fusedlr.columns import METRICS
 
 from . import driver
 
@@ -50,7 +50,7 @@ class Outcome:
             *moments,
             updates,
             counters.counts.clone(),
-            counters.used[: -len(NORMS)].clone(),
+            counters.used[: len(METRICS)].clone(),
             counters.norms.clone(),
         )
 

@@ -43,6 +43,7 @@ THREADS = 128
 # lanes of the last programs' loops: over groups and tensors, where more take registers from all programs, and
 # over partial sums, 10,000 for 40 M elements
 LANES = tl.constexpr(512)
+SCOPE_LANES = tl.constexpr(128)
 SUMS = tl.constexpr(1024)
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 Z_EPS = tl.constexpr(reference.Z_EPS)
@@ -110,6 +111,8 @@ USED_LR = tl.constexpr(columns.USED.index("lr"))
 USED_NORM = tl.constexpr(columns.USED.index("grad_norm"))
 USED_COEF = tl.constexpr(columns.USED.index("coef"))
 USED_LIMIT = tl.constexpr(columns.USED.index("limit"))
+HELD = tl.constexpr(columns.USED.index("held"))
+SKIP = tl.constexpr(columns.USED.index("skip"))
 SEEN = tl.constexpr(columns.USED.index("seen"))
 MEAN = tl.constexpr(columns.USED.index("mean"))
 MEAN_REST = tl.constexpr(columns.USED.index("mean_rest"))
@@ -440,7 +443,7 @@ def step_kernel(
     floats,  # fp32: (groups, GROUP_FLOATS), (scopes, SCOPE_FLOATS), (phases, PHASE_FLOATS), tables
     rates,  # fp32 (groups,): rates that are given as numbers
     counts,  # int64 (4, groups): k, skipped, skips_in_row, stale
-    used,  # fp32 (9, groups): columns.USED
+    used,  # fp32 (11, groups): columns.USED
     squares,  # fp32 (scopes,)
     tickets,  # int32 (2,)
     generation,  # int32 (1,): of the tensors and tables
@@ -474,7 +477,7 @@ def step_kernel(
     phase_floats = scope_floats + scopes * SCOPE_FLOATS
     table = phase_floats + phases * PHASE_FLOATS
     scope = tl.load(chunk + SCOPE)
-    norm, coef, limit, _, skip = decide(
+    norm, coef, limit, held, skip = decide(
         scope_ints + scope * SCOPE_INTS,
         scope_floats + scope * SCOPE_FLOATS,
         squares + scope,
@@ -491,6 +494,9 @@ def step_kernel(
         tl.store(own + USED_NORM * groups, norm)
         tl.store(own + USED_COEF * groups, coef)
         tl.store(own + USED_LIMIT * groups, limit)
+        # for the last program, which counts
+        tl.store(own + HELD * groups, held)
+        tl.store(own + SKIP * groups, tl.where(skip, 1.0, 0.0))
     row, gradient, begin, left = place(chunk, tensors, gradients)
     if (left > 0) & steps & (~skip):
         s = scalars(row, group_floats, lr, tl.div_rn(1.0, tl.load(grad_scale)) * coef)
@@ -510,14 +516,12 @@ def step_kernel(
         count_step(
             gradients,
             active,
-            found_inf,
             tensors,
             ints,
             scope_ints,
             scope_floats,
             counts,
             used,
-            squares,
             groups,
             scopes,
             count,
@@ -528,14 +532,12 @@ def step_kernel(
 def count_step(
     gradients,
     active,
-    found_inf,
     tensors,
     ints,
     scope_ints,
     scope_floats,
     counts,
     used,
-    squares,
     groups,
     scopes,
     count,
@@ -549,16 +551,9 @@ def count_step(
         inside = begin + lanes < groups
         group = tl.where(inside, begin + lanes, 0)
         scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
-        _, _, _, _, skip = decide(
-            scope_ints + scope * SCOPE_INTS,
-            scope_floats + scope * SCOPE_FLOATS,
-            squares + scope,
-            found_inf,
-            used,
-            groups,
-        )
         inside = inside & (tl.load(active + scope) != 0)
-        skipped = skip.to(tl.int64)
+        # of a scope that does not make the step it was not written
+        skipped = (tl.load(used + SKIP * groups + group, mask=inside, other=0.0) != 0).to(tl.int64)
         # lanes outside point at the counters of group 0, which its own lane writes: they must not read them
         ks = counts + group
         k = tl.load(ks, mask=inside, other=0)
@@ -573,35 +568,28 @@ def count_step(
         inside = begin + lanes < count
         tensor = tl.where(inside, begin + lanes, 0)
         row = tensors + tensor * TENSOR_COLUMNS
-        scope = tl.load(ints + tl.load(row + GROUP_OF) * GROUP_INTS + SCOPE_OF)
-        _, _, _, _, skip = decide(
-            scope_ints + scope * SCOPE_INTS,
-            scope_floats + scope * SCOPE_FLOATS,
-            squares + scope,
-            found_inf,
-            used,
-            groups,
-        )
+        group = tl.load(row + GROUP_OF)
+        scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
         ts = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
-        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0) & ~skip
+        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0)
+        inside = inside & (tl.load(used + SKIP * groups + group, mask=inside, other=0.0) == 0)
         tl.store(ts, tl.load(ts, mask=inside, other=0.0) + 1.0, mask=inside)
         begin += LANES
+    lanes = tl.arange(0, SCOPE_LANES)
     begin = 0
     while begin < scopes:
         inside = begin + lanes < scopes
-        # lanes outside look at what is moved in the same round, before the barrier
-        scope = tl.where(inside, begin + lanes, scopes - 1)
-        row = scope_ints + scope * SCOPE_INTS
+        scope = tl.where(inside, begin + lanes, 0)
         floats = scope_floats + scope * SCOPE_FLOATS
         one_alpha = tl.load(floats + ONE_ALPHA)
         inside = inside & (tl.load(active + scope) != 0) & (one_alpha > 0)
-        norm, _, _, held, skip = decide(row, floats, squares + scope, found_inf, used, groups)
-        inside = inside & ~skip & (tl.abs(norm) < float("inf"))
-        norms = used + tl.load(row + FIRST_GROUP)
-        # every thread has decided by the norms before one moves them
-        tl.debug_barrier()
-        move_norms(norms, groups, held, tl.load(floats + WARMUP_STEPS), one_alpha, inside)
-        begin += LANES
+        own = used + tl.load(scope_ints + scope * SCOPE_INTS + FIRST_GROUP)
+        norm = tl.load(own + USED_NORM * groups, mask=inside, other=float("nan"))
+        skipped = tl.load(own + SKIP * groups, mask=inside, other=1.0) != 0
+        held = tl.load(own + HELD * groups, mask=inside, other=0.0)
+        inside = inside & ~skipped & (tl.abs(norm) < float("inf"))
+        move_norms(own, groups, held, tl.load(floats + WARMUP_STEPS), one_alpha, inside)
+        begin += SCOPE_LANES
 
 
 def options(target: GPUTarget, amsgrad: bool) -> dict[str, int | bool]:
