@@ -23,7 +23,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
     FLAGS += " -DFUSEDLR_X86"
 # what the CUDA kernels are compiled from where they run
-KERNEL_SOURCES = ("schedule.h", "adamw.h", "types.h", "cuda/step.h", "cuda/step.cu")
+KERNEL_SOURCES = ("schedule.h", "adamw.h", "guard.h", "types.h", "cuda/step.h", "cuda/step.cu")
 # darwin is untried
 LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
 

@@ -7,6 +7,7 @@ can set the environment that torch reads when it is loaded.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fusedlr.guard import ZClip as ZClip
 from fusedlr.schedule import CONSTRUCTORS as _CONSTRUCTORS
 from fusedlr.schedule import Phase as Phase
 from fusedlr.schedule import Schedule as Schedule
@@ -35,7 +36,9 @@ __version__ = "0.1.0"
 # name -> module that defines it; "" for a submodule
 _NEED_TORCH = {"FallbackWarning": "backends", "FusedAdamW": "optimizer", "lora": ""}
 
-__all__ = sorted([*_NEED_TORCH, *_CONSTRUCTORS, "Phase", "Schedule", "from_hf", "from_torch", "total_steps"])
+__all__ = sorted(
+    [*_NEED_TORCH, *_CONSTRUCTORS, "Phase", "Schedule", "ZClip", "from_hf", "from_torch", "total_steps"]
+)
 
 
 def __getattr__(name: str) -> Any:

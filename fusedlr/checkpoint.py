@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedlr import arguments
-from fusedlr.columns import STATE
+from fusedlr.columns import NORMS, STATE
 from fusedlr.groups import (
     OWN_KEYS,
     check_of_scope,
@@ -28,6 +28,7 @@ from fusedlr.groups import (
     scope_keys,
     shared_options,
 )
+from fusedlr.guard import from_numbers, to_numbers
 from fusedlr.kept import MOMENTS, Kept
 from fusedlr.reference import is_fake, is_sharded
 from fusedlr.schedule import Schedule
@@ -68,6 +69,8 @@ class Loaded:
     groups: Groups
     k: list[int]
     skipped: list[int] | None = None
+    # per group the rows `NORMS`
+    norms: list[list[float]] | None = None
     # what the file says under `OWN_KEY` of every group
     own: Groups = field(default_factory=list)
     entries: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
@@ -77,7 +80,13 @@ class Loaded:
 
 
 def own_state(
-    groups: Groups, state: State, k: list[int], skipped: list[int], *, joint: bool
+    groups: Groups,
+    state: State,
+    k: list[int],
+    skipped: list[int],
+    norms: list[list[float]],
+    *,
+    joint: bool,
 ) -> dict[str, Any]:
     """What a file has of ours: schedules in plain numbers, peaks, scopes, limits, how far every group is."""
     latest = max_steps(groups, state, joint=joint)
@@ -93,7 +102,12 @@ def own_state(
                 "skipped": skipped[i],
             }
         )
-        own[-1].update((key, group[key]) for key in ("max_grad_norm", "nonfinite", "scope") if key in group)
+        own[-1].update((key, group[key]) for key in ("nonfinite", "scope") if key in group)
+        if "max_grad_norm" in group:
+            own[-1].update(to_numbers(group["max_grad_norm"]))
+        # how many norms a ZClip has seen
+        if norms[i][0] > 0:
+            own[-1]["norms"] = list(norms[i])
     return {"format": FORMAT, "groups": own}
 
 
@@ -149,6 +163,7 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
         ],
         k=[_continued(o, t) for o, t in zip(own, latest, strict=True)],
         skipped=[o.get("skipped", 0) for o in own],
+        norms=[o.get("norms", [0.0] * len(NORMS)) for o in own],
         own=own,
         entries=entries,
         others={key: _copied(f"entry {key!r} of the loaded state", entry) for key, entry in others.items()},
@@ -388,18 +403,35 @@ def _checked_own(i: int, own: Any) -> dict[str, Any]:
             raise ValueError(
                 f"{where} has {name}={arguments.shown(value)}, expected an integer from 0 to {_MAX_K}"
             )
+    if "norms" in own:
+        _check_norms(where, own["norms"])
     try:
         if own.get("peak") is not None:
             checked["peak"] = arguments.non_negative("peak", own["peak"])
         check_of_scope(own)
-        if "max_grad_norm" in own:
-            checked["max_grad_norm"] = arguments.max_grad_norm(own["max_grad_norm"])
+        if "max_grad_norm" in own or "zclip" in own:
+            checked["max_grad_norm"] = from_numbers(own)
         schedule = own.get("schedule")
         if schedule is not None and not isinstance(schedule, Schedule):
             checked["schedule"] = Schedule.from_numbers(schedule)
     except ValueError as error:
         raise ValueError(f"{where} has a schedule or peak that cannot be used: {error}") from None
     return checked
+
+
+def _check_norms(where: str, norms: Any) -> None:
+    """Hold the norms that a `ZClip` has seen, as a file has them, to what steps can make of them."""
+    plain = isinstance(norms, (list, tuple)) and len(norms) == len(NORMS)
+    plain = plain and all(type(x) in (int, float) and math.isfinite(x) for x in norms)
+    if plain:
+        seen, mean, mean_rest, variance, variance_rest = norms
+        # a rest is less than the last digit of its number in fp32
+        plain = 0 <= seen <= arguments.MOST_STEPS and seen == int(seen) and min(mean, variance) >= 0
+        plain = plain and abs(mean_rest) <= 2**-23 * mean and abs(variance_rest) <= 2**-23 * variance
+    if not plain:
+        raise ValueError(
+            f"{where} has norms={arguments.shown(norms)}, expected {len(NORMS)} numbers: {', '.join(NORMS)}"
+        )
 
 
 def _continued(own: dict[str, Any], t: int) -> int:

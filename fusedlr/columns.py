@@ -26,6 +26,14 @@ STATE = {
 }
 _BYTES = {None: 0, "int16": 2, "float32": 4}
 
+# The rows of floats per group: what the last step used; what the blocks of a step on a GPU tell the last one,
+# which counts it (what a `ZClip` holds the norm to, and whether the step is skipped); and the norms so far of
+# a scope that has a `ZClip`, in the column of its first group: how many, and their mean and variance, each
+# the sum of two numbers, because fp32 has too few digits.
+METRICS = ("lr", "grad_norm", "coef", "limit")
+NORMS = ("seen", "mean", "mean_rest", "variance", "variance_rest")
+USED = (*METRICS, "held", "skip", *NORMS)
+
 # Elements per chunk of a tensor, which is the work of one program on a GPU. Its own part of the traffic, 112
 # KiB in fp32, is some 30 times what it reads to get there, and tensors of a few thousand elements still
 # spread over all processors.
@@ -57,10 +65,20 @@ GROUP_FLOATS = (
     "sign",
 )
 # int64 per scope: whether its norm is needed, whether it skips a step whose norm is not finite, whether it
-# decides by its norm alone whatever a scaler has found, its slots in the partial sums
-SCOPE_INTS = ("normed", "skip_nonfinite", "by_own_norm", "first_slot", "last_slot")
-# fp32 per scope: what its norm is clipped to, nan without clipping
-SCOPE_FLOATS = ("max_grad_norm",)
+# decides by its norm alone whatever a scaler has found, its slots in the partial sums, its first group,
+# whether it skips spikes
+SCOPE_INTS = (
+    "normed",
+    "skip_nonfinite",
+    "by_own_norm",
+    "first_slot",
+    "last_slot",
+    "first_group",
+    "skip_spikes",
+)
+# fp32 per scope: what its norm never exceeds, nan without clipping; of its `ZClip` the norms before the first
+# spike, z_thresh and 1 - alpha, which is 0 where there is none
+SCOPE_FLOATS = ("max_grad_norm", "warmup_steps", "z_thresh", "one_alpha")
 # int64 per phase; `whole` is restarts, whole half waves, or the position in the table
 PHASE_INTS = ("begin", "end", "origin", "shape", "whole")
 # fp32 per phase; the parts of `param` add up to the power, the time scale or the rest of a half wave
@@ -90,6 +108,7 @@ def header() -> str:
         f"enum State : int {{ {', '.join(f'k_{name}' for name in STATE)}, kStates }};",
         "// bytes of an element, 0 for those of the moments' type",
         f"constexpr int kStateBytes[kStates] = {{{sizes}}};",
+        f"enum Used : int {{ {', '.join(f'k_{name}' for name in USED)}, kUsed }};",
         f"constexpr int64_t kChunkElements = {CHUNK};",
     ]
     for struct, (type_, names) in _STRUCTS.items():

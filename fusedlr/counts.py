@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedlr import arguments
+from fusedlr.columns import METRICS, NORMS, USED
 from fusedlr.groups import Notes, ParamGroup, ScopeKey, check_rates, has_schedule, scope_keys, scopes_of
-from fusedlr.reference import Counters, Made, capturing, is_fake, scalar_dtype
+from fusedlr.reference import Counters, Made, capturing, is_fake, scalar_dtype, split_norms
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.warn import warn
 
@@ -64,8 +65,8 @@ class Counts:
     ) -> None:
         self._notes, self._defaults, self.joint = notes, defaults, joint
         self.groups = list(groups)
-        # parameter -> own keys and counters of a group that was taken out with it, for a plain dict that is
-        # put in the group's place
+        # parameter -> own keys, counters and norms of a group that was taken out with it, for a plain dict
+        # that is put in the group's place
         self._gone: Any = WeakTensorKeyDictionary()
         for i, group in enumerate(groups):
             group.counter = weakref.ref(self), i
@@ -117,7 +118,8 @@ class Counts:
     def _wrapped(self, group: dict[str, Any], origin: int | None) -> ParamGroup:
         """A group from outside; it takes over what the group had that held its parameters."""
         before = self.groups[origin] if origin is not None else None
-        own, counts = self._gone_with(group) if before is None else (dict(getattr(before, "own", {})), None)
+        gone = self._gone_with(group)
+        own, counts, norms = gone if before is None else (dict(getattr(before, "own", {})), None, None)
         wrapped = ParamGroup({**own, **group}, self._notes)
         schedule = wrapped.get("schedule")
         if isinstance(schedule, (list, tuple)):
@@ -133,18 +135,20 @@ class Counts:
                 self._notes.lr_assigned.add(id(wrapped))
             else:
                 wrapped.shown_lr = wrapped["lr"]
-        wrapped.counts = counts
+        wrapped.counts, wrapped.norms = counts, norms
         return wrapped
 
-    def _gone_with(self, group: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-        """Own keys and counters of the group that was taken out with a parameter of this one."""
+    def _gone_with(self, group: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+        """Own keys, counters and norms of the group that was taken out with a parameter of this one."""
         found = next((self._gone[p] for p in group["params"] if p in self._gone), None)
-        return ({}, None) if found is None else found
+        return ({}, None, None) if found is None else found
 
     def _follow(self, groups: list[Any]) -> None:
         """Count for these groups: each goes on at its own counts, wherever it stood; new ones start at 0."""
         self.sync()
         old, before = self.counters, self.groups
+        # any group of a scope may be its first one afterwards
+        norms = old.norms[:, self._first_of_scope()] if before else old.norms
         owner = {id(p): i for i, group in enumerate(before) for p in group["params"]}
         place = {id(group): i for i, group in enumerate(before)}
         origins = [
@@ -154,8 +158,8 @@ class Counts:
         for i, group in enumerate(before):
             if i not in origins:
                 # not a view, which replays of a graph that was captured with these counters would move on
-                group.counts = old.counts[:, i].clone()
-                self._gone.update((p, (group.own, group.counts)) for p in group["params"])
+                group.counts, group.norms = old.counts[:, i].clone(), norms[:, i].clone()
+                self._gone.update((p, (group.own, group.counts, group.norms)) for p in group["params"])
         if origins != list(range(len(before))):
             # what a scheduler's state says is said of the groups that there were
             self.k_loaded = self.own_loaded = None
@@ -172,15 +176,18 @@ class Counts:
             if origin is not None:
                 self.counters.counts[:3, i] = old.counts[:3, origin]
                 self.counters.used[:, i] = old.used[:, origin]
+                self.counters.norms[:, i] = norms[:, origin]
                 shown[i] = self.shown[origin]
             elif group.counts is not None:
                 self.counters.counts[:3, i] = group.counts[:3].to(self.counters.counts.device)
                 shown[i] = int(group.counts[0])
+                if group.norms is not None:
+                    self.counters.norms[:, i] = group.norms.to(self.counters.counts.device)
             if given[i] is not None:
                 # of a plain dict
                 shown[i] = arguments.count("k", given[i])
                 self.counters.k[i] = shown[i]
-            group.counts = None
+            group.counts = group.norms = None
             group.counter = weakref.ref(self), i
             for p in group["params"]:
                 self._gone.pop(p, None)
@@ -191,6 +198,7 @@ class Counts:
         # one that comes back is another one
         self._warned_skips.intersection_update(self.scopes())
         self.sync()
+        self._share_norms()
 
     def place_on(self, device: torch.device, *, fp32: bool) -> None:
         """Keep the counters on this device, and what a step uses in fp32 where the kernels have no fp64."""
@@ -199,6 +207,7 @@ class Counts:
             old = self.counters
             self._replace(Counters.zeros(len(self.k), device))
             self.counters.counts.copy_(old.counts)
+            self.counters.norms.copy_(old.norms)
             self.sync()
         if fp32 and self.counters.used.dtype != torch.float32:
             self.counters.use_fp32()
@@ -279,7 +288,8 @@ class Counts:
         if is_fake(self.counters.counts):
             # there is nothing to read, so what the host has counted stands
             k, nans = [*self.k, *zeros][: len(zeros)], [math.nan] * len(zeros)
-            rows: list[list[Any]] = [k, zeros, zeros, zeros, nans, nans, [1.0] * len(zeros)]
+            infs = [math.inf] * len(zeros)
+            rows: list[list[Any]] = [k, zeros, zeros, zeros, nans, nans, [1.0] * len(zeros), infs]
         else:
             rows = _pack(self.counters).tolist()
         self._advances, self._in_flight = zeros, None
@@ -306,7 +316,7 @@ class Counts:
         self.show(groups, k)
 
     def take_own(self, groups: list[Any], own: list[dict[str, Any]], saved: Any) -> None:
-        """Take peaks, cooldowns and skips of a scheduler's state: the optimizer's file may lack them."""
+        """Take peaks, cooldowns, skips and norms of a scheduler's state: files may lack them."""
         self.own_loaded = saved
         for group, theirs in zip(groups, own, strict=True):
             if has_schedule(group) and theirs.get("peak") is not None:
@@ -315,6 +325,7 @@ class Counts:
                 schedule = group["schedule"].with_changes(theirs["schedule"].changes)
                 group.set_quietly("schedule", schedule)
         self.place_skipped([theirs.get("skipped", 0) for theirs in own])
+        self.place_norms([theirs.get("norms", [0.0] * len(NORMS)) for theirs in own])
         self._notes.changed = True
 
     def read_skipped(self) -> list[int]:
@@ -328,6 +339,41 @@ class Counts:
             return
         self.counters.skipped.copy_(torch.tensor(skipped, dtype=torch.int64, device="cpu"))
         self.counters.skips_in_row.zero_()
+
+    def read_norms(self) -> list[list[float]]:
+        """Per group what its scope's `ZClip` has seen, `columns.NORMS`, from the device (waits for it)."""
+        norms = self.counters.norms
+        if is_fake(norms):
+            return [[0.0] * len(NORMS)] * norms.shape[1]
+        rows = norms.tolist()
+        return [[row[i] for row in rows] for i in self._first_of_scope()]
+
+    def place_norms(self, norms: Sequence[Sequence[float]], indices: Sequence[int] | None = None) -> None:
+        """Put them onto the device, for the groups of these indices or for all."""
+        if is_fake(self.counters.norms) or not norms:
+            return
+        dtype = scalar_dtype(self.counters.norms.device)
+        values = torch.tensor(norms, dtype=dtype, device="cpu").T
+        if self.counters.used.dtype == torch.float32:
+            values = split_norms(values)
+        for column, i in zip(
+            values.unbind(1), range(len(norms)) if indices is None else indices, strict=True
+        ):
+            self.counters.norms[:, i] = column
+
+    def _first_of_scope(self) -> list[int]:
+        """Per group the index of the first group of its scope."""
+        keys = scope_keys(self.groups, joint=self.joint)
+        return [keys.index(key) for key in keys]
+
+    def _share_norms(self) -> None:
+        """Let a new group that is the first of its scope take over what the scope has seen."""
+        if is_fake(self.counters.norms):
+            return
+        seen, first = self.counters.norms[0].tolist(), self._first_of_scope()
+        for i in {i for i in first if not seen[i]}:
+            most = max((j for j, of in enumerate(first) if of == i), key=seen.__getitem__)
+            self.counters.norms[:, i] = self.counters.norms[:, most]
 
     def go_to_one(self, group: dict[str, Any], index: int, k: int) -> None:
         """Continue the schedule of one group at `k`."""
@@ -348,7 +394,8 @@ class Counts:
         for i, (k, skipped) in at.items():
             if not is_fake(c.counts):
                 c.counts[:3, i] = torch.tensor([k, skipped, 0], dtype=torch.int64, device="cpu")
-                c.used[:, i] = torch.tensor([0, math.nan, 1], dtype=c.used.dtype, device="cpu")
+                fresh = [0, math.nan, 1, math.inf, *[0] * (len(USED) - len(METRICS))]
+                c.used[:, i] = torch.tensor(fresh, dtype=c.used.dtype, device="cpu")
             self.k[i] = k
         self.sync()
         # what a scheduler's state says was said before
@@ -395,13 +442,14 @@ class Counts:
 
     def _take(self, rows: list[list[Any]], advances: list[int]) -> None:
         """Take the rows of `_pack` as the host's view, and the steps counted since they were copied."""
-        k, skipped, in_row, stale, lr, norm, coef = rows
+        k, skipped, in_row, stale, lr, norm, coef, limit = rows
         # steps counted here after the copy was started are not in it
         self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
         self._metrics: dict[str, list[Any]] = {
             "lr": lr,
             "grad_norm": norm,
             "coef": coef,
+            "limit": limit,
             "skipped": [int(x) for x in skipped],
             "step": [int(x) for x in k],
         }
@@ -425,10 +473,18 @@ class Counts:
         self._warned_skips.update(new)
         for key, i in new.items():
             of = "" if key is None else f" of scope {key!r}"
-            warn(
-                f"{int(in_row[i])} optimizer steps in a row were skipped: gradients{of} are inf or nan "
-                f"(last gradient norm {self.metrics['grad_norm'][i]:g})"
-            )
+            norm, limit = self.metrics["grad_norm"][i], self.metrics["limit"][i]
+            if math.isfinite(norm):
+                warn(
+                    f"{int(in_row[i])} optimizer steps in a row were skipped: ZClip takes the gradient norms"
+                    f"{of} for spikes (last gradient norm {norm:g}, limit {limit:g}). Skipped norms do not "
+                    "move its limit: use action='clip' if norms have risen for good"
+                )
+            else:
+                warn(
+                    f"{int(in_row[i])} optimizer steps in a row were skipped: gradients{of} are inf or nan "
+                    f"(last gradient norm {norm:g})"
+                )
 
 
 def _show(group: Any, k: int) -> None:
@@ -441,10 +497,10 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def _pack(counters: Counters) -> Tensor:
-    """All counters as one matrix (7, groups) of floats, so that one copy takes them."""
+    """All counters as one matrix (8, groups) of floats, so that one copy takes them."""
     # a backend may keep in fp32 what a step used; `k` would lose its last digits in it
     dtype = scalar_dtype(counters.k.device)
-    return torch.cat([counters.counts.to(dtype), counters.used.to(dtype)])
+    return torch.cat([counters.counts.to(dtype), counters.used[: len(METRICS)].to(dtype)])
 
 
 class UpdateCounts:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fusedlr import arguments
+from fusedlr.guard import ZClip, fixed_part
+from fusedlr.guard import max_grad_norm as checked_limit
 from fusedlr.reference import GroupStep, Scope
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.warn import warn
@@ -65,10 +67,11 @@ class ParamGroup(dict[str, Any]):
             another rate than its own has been used.
         counts: the counters of a group that was taken out of `param_groups`, which it goes on with when it is
             put back; None while it is there.
+        norms: what it then has of its scope's norms, `columns.NORMS`.
         counter: while it is there, whose `k` of which index it shows as `group["k"]`.
     """
 
-    __slots__ = ("_notes", "counter", "counts", "own", "shown_lr")
+    __slots__ = ("_notes", "counter", "counts", "norms", "own", "shown_lr")
 
     def __init__(self, group: dict[str, Any], notes: Notes, own: dict[str, Any] | None = None) -> None:
         super().__init__({key: value for key, value in group.items() if key not in _NO_ITEMS})
@@ -79,6 +82,7 @@ class ParamGroup(dict[str, Any]):
             dict.__setitem__(self, "initial_lr", self.own.pop("initial_lr"))
         self.shown_lr: float | None = None
         self.counts: Tensor | None = None
+        self.norms: Tensor | None = None
         self.counter: tuple[weakref.ref[Any], int] | None = None
         # an id may have been that of a group that is gone
         notes.lr_assigned.discard(id(self))
@@ -227,7 +231,7 @@ class Options:
         notes: Notes,
         *,
         joint: bool,
-        max_grad_norm: float | None,
+        max_grad_norm: float | ZClip | None,
         nonfinite: str | None,
     ) -> Options:
         """The options as they stand in the groups now.
@@ -317,7 +321,7 @@ def _scope(
     key: ScopeKey,
     groups: Sequence[Any],
     keys: Sequence[ScopeKey],
-    max_grad_norm: float | None,
+    max_grad_norm: float | ZClip | None,
     nonfinite: str | None,
 ) -> Scope:
     """What a step needs of a scope: its groups' own options, or else the optimizer's."""
@@ -328,7 +332,9 @@ def _scope(
     skips = skips_nonfinite(nonfinite, max_grad_norm)
     normed = skips or max_grad_norm is not None
     joint = key is None
-    return Scope(max_grad_norm, skips, always=joint, by_own_norm=normed and not joint)
+    zclip = max_grad_norm if isinstance(max_grad_norm, ZClip) else None
+    by_own_norm = normed and not joint
+    return Scope(fixed_part(max_grad_norm), skips, always=joint, by_own_norm=by_own_norm, zclip=zclip)
 
 
 def shared_options(key: ScopeKey, groups: Sequence[Any]) -> dict[str, Any]:
@@ -353,7 +359,7 @@ def has_schedule(group: dict[str, Any]) -> bool:
     return group.get("schedule") is not None
 
 
-def skips_nonfinite(nonfinite: str | None, max_grad_norm: float | None) -> bool:
+def skips_nonfinite(nonfinite: str | None, max_grad_norm: float | ZClip | None) -> bool:
     """Whether a scope skips steps whose norm is not finite; by default where it clips."""
     return (nonfinite or ("skip" if max_grad_norm is not None else "propagate")) == "skip"
 
@@ -361,7 +367,7 @@ def skips_nonfinite(nonfinite: str | None, max_grad_norm: float | None) -> bool:
 def _is_plain(group: dict[str, Any]) -> bool:
     """Whether no hyperparameter can be changed in place, as a list or a tensor can: nothing would note it."""
     values = (group["eps"], group["weight_decay"], group.get("max_grad_norm", 0.0), *group["betas"])
-    return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType) for x in values)
+    return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType, ZClip) for x in values)
 
 
 def _check(index: int, group: dict[str, Any]) -> None:
@@ -376,7 +382,7 @@ def _check(index: int, group: dict[str, Any]) -> None:
 
 def check_of_scope(group: Mapping[str, Any]) -> None:
     """A group's scope and what it says of it are what the constructor accepts, else ValueError."""
-    arguments.max_grad_norm(group.get("max_grad_norm"))
+    checked_limit(group.get("max_grad_norm"))
     arguments.choice("nonfinite", group.get("nonfinite"), (None, "skip", "propagate"))
     name = group.get("scope")
     if name is not None and (not isinstance(name, str) or not name):
@@ -471,7 +477,7 @@ def checked_group(
                     "group's own: joint groups share one norm"
                 )
     if "max_grad_norm" in group:
-        group["max_grad_norm"] = arguments.max_grad_norm(group["max_grad_norm"])
+        group["max_grad_norm"] = checked_limit(group["max_grad_norm"])
     if "scope" in group:
         others = [other for other in others if other.get("scope") == group["scope"]]
         shared_options(group["scope"], [*others, group])

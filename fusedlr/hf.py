@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from transformers import Trainer, TrainerCallback
 
+from fusedlr.guard import ZClip
 from fusedlr.hf_cooldown import Cooldown
 from fusedlr.optimizer import FusedAdamW
 from fusedlr.schedule import Schedule, from_hf, knows_hf
@@ -298,7 +299,8 @@ def _get_norm(trainer: Any, stock: Any, model: Any, grad_norm: Any = None) -> An
 
 
 # per optimizer its own limit, and the one that the step was given last
-_limits: WeakKeyDictionary[FusedAdamW, tuple[float | None, float | None]] = WeakKeyDictionary()
+_limits: WeakKeyDictionary[FusedAdamW, tuple[float | ZClip | None, float | ZClip | None]]
+_limits = WeakKeyDictionary()
 
 
 def _limit(fused: FusedAdamW, asked: float | None) -> None:
@@ -308,7 +310,11 @@ def _limit(fused: FusedAdamW, asked: float | None) -> None:
     if now != given:
         # assigned from outside since
         own = now
-    limit = min((x for x in (own, asked) if x is not None), default=None)
+    limit: float | ZClip | None
+    if isinstance(own, ZClip):
+        limit = own.capped(asked)
+    else:
+        limit = min((x for x in (own, asked) if x is not None), default=None)
     if limit != now:
         fused.max_grad_norm = limit
     _limits[fused] = own, limit

@@ -30,6 +30,8 @@ from fusedlr.groups import (
     skips_nonfinite,
     warn_absolute,
 )
+from fusedlr.guard import ZClip
+from fusedlr.guard import max_grad_norm as checked_limit
 from fusedlr.kept import Kept
 from fusedlr.planner import NO_SIGNALS, Planner, choose_backend
 from fusedlr.reference import Signals, fp32_value
@@ -61,7 +63,8 @@ class FusedAdamW(Optimizer):
         weight_decay: decoupled decay, >= 0.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
         schedule: a `fusedlr.Schedule`; None is a constant rate that outside schedulers may drive.
-        max_grad_norm: clip to this L2 norm of all (unscaled) gradients, > 0; None does not clip.
+        max_grad_norm: clip to this L2 norm of all (unscaled) gradients, > 0; None does not clip. A
+            `fusedlr.ZClip` clips or skips norms far above those of the steps before.
         nonfinite: `"skip"` leaves everything as it was when a gradient is inf or nan; `"propagate"` is torch.
             Default: skip when `max_grad_norm` is set.
         groups: of those without a scope. `"joint"`: one norm and one decision to skip for all, as torch.
@@ -110,7 +113,7 @@ class FusedAdamW(Optimizer):
         amsgrad: bool = False,
         *,
         schedule: Schedule | None = None,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | ZClip | None = None,
         nonfinite: str | None = None,
         groups: str = "joint",
         amp_scaling: bool = True,
@@ -132,7 +135,7 @@ class FusedAdamW(Optimizer):
         check_schedule(schedule)
         self._settings: dict[str, Any] = {
             "schedule": schedule,
-            "max_grad_norm": arguments.max_grad_norm(max_grad_norm),
+            "max_grad_norm": checked_limit(max_grad_norm),
             "nonfinite": nonfinite,
             "groups": groups,
             "amp_scaling": arguments.flag("amp_scaling", amp_scaling),
@@ -161,7 +164,9 @@ class FusedAdamW(Optimizer):
         choose_backend(self.param_groups, backend)
         warn_absolute(self.param_groups, self._settings["schedule"], self.defaults["lr"])
 
-    def _start(self, k: list[int], skipped: list[int] | None = None) -> None:
+    def _start(
+        self, k: list[int], skipped: list[int] | None = None, norms: list[list[float]] | None = None
+    ) -> None:
         """Make everything that is not part of the state: plan, counters, what the host knows."""
         if self._settings["amp_scaling"]:
             self._step_supports_amp_scaling = True
@@ -172,6 +177,8 @@ class FusedAdamW(Optimizer):
         self._counts = Counts(
             self.param_groups, self._notes, self.defaults, device, k, skipped, joint=self._joint
         )
+        if norms is not None:
+            self._counts.place_norms(norms)
         self._planner = Planner(self._settings, self._notes, self._counts)
 
     @eager
@@ -522,11 +529,13 @@ class FusedAdamW(Optimizer):
         """What the last step used, as new tensors on the device; no copy to the host.
 
         Returns:
-            `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef`
-            and `skipped` (steps) 0-dim where all groups are one joint scope, else of shape (scopes,).
+            `lr` and `step` (updates made) of shape (groups,); `grad_norm` (nan if none was needed), `coef`,
+            `limit` and `skipped` (steps) 0-dim where all groups are one joint scope, else of shape (scopes,).
+            `limit` is what the norm was held to: `max_grad_norm`, inf without one; under a `ZClip` the limit
+            of a spike, and the norm itself where it was none, both at most its `max_norm`.
         """
         c = self._counts.counters
-        shared = {"grad_norm": c.grad_norm, "coef": c.coef, "skipped": c.skipped}
+        shared = {"grad_norm": c.grad_norm, "coef": c.coef, "limit": c.limit, "skipped": c.skipped}
         scopes = self._counts.scopes()
         first = list(scopes.values())
         if list(scopes) == [None]:
@@ -563,8 +572,8 @@ class FusedAdamW(Optimizer):
         counts = self._counts
         counts.adopt(self.param_groups)
         k = counts.read(self.param_groups)
-        skipped = counts.read_skipped()
-        own = checkpoint.own_state(self.param_groups, self.state, k, skipped, joint=self._joint)
+        reached = k, counts.read_skipped(), counts.read_norms()
+        own = checkpoint.own_state(self.param_groups, self.state, *reached, joint=self._joint)
         # post-hooks are to see what is saved, so they run on the finished dict
         post_hooks, self._optimizer_state_dict_post_hooks = (
             self._optimizer_state_dict_post_hooks,
@@ -634,6 +643,8 @@ class FusedAdamW(Optimizer):
         counts.k_loaded = counts.own_loaded = None
         if loaded.skipped is not None:
             counts.place_skipped(loaded.skipped)
+        if loaded.norms is not None:
+            counts.place_norms(loaded.norms)
 
     def scope_state_dict(self, name: ScopeKey) -> dict[str, Any]:
         """What `state_dict` has of one scope alone, in copies; reads the counters from the device.
@@ -653,18 +664,20 @@ class FusedAdamW(Optimizer):
         with self._lock:
             self._counts.adopt(self.param_groups)
             indices, groups = self._groups_of(name)
-            k, skipped = self._counts.read(self.param_groups), self._counts.read_skipped()
+            counts = self._counts
+            k, skipped = counts.read(self.param_groups), counts.read_skipped()
+            norms = counts.read_norms()
             scope = self._planner.options(self.param_groups).scopes[self.scopes.index(name)]
-            return scope_state.saved(
-                name, groups, self.state, [k[i] for i in indices], [skipped[i] for i in indices], scope
-            )
+            reached = [k[i] for i in indices], [skipped[i] for i in indices], [norms[i] for i in indices]
+            return scope_state.saved(name, groups, self.state, *reached, scope)
 
     def load_scope_state_dict(self, name: ScopeKey, state_dict: dict[str, Any]) -> None:
         """Continue one scope from what `scope_state_dict` returned, of whichever scope and optimizer.
 
         All of it is restored: moments, counts of updates, schedule, peaks, step of the schedule, skips,
-        limits. A file of `torch.optim.AdamW` restores what it has. Parameters that have names in both are
-        matched by these. No other scope is touched; tensors are written over in place.
+        limits, and the norms that a `ZClip` has seen. A file of `torch.optim.AdamW` restores what it has.
+        Parameters that have names in both are matched by these. No other scope is touched; tensors are
+        written over in place.
 
         Raises:
             ValueError: there is no such scope, or the file does not fit; says what. Nothing has been changed
@@ -679,9 +692,11 @@ class FusedAdamW(Optimizer):
             skipped = loaded.skipped or [0] * len(groups)
             at = zip(indices, zip(loaded.k, skipped, strict=True), strict=True)
             self._counts.restart(self.param_groups, dict(at))
+            if loaded.norms is not None:
+                self._counts.place_norms(loaded.norms, indices)
 
     def reset_scope(self, name: ScopeKey, lr: float | None = None, schedule: Schedule | None = None) -> None:
-        """Make one scope as new: moments, counts of updates, step of the schedule, skips.
+        """Make one scope as new: moments, counts of updates, step of the schedule, skips, norms seen.
 
         In place: no address changes, no other scope is touched, captured CUDA graphs go on. Parameters stay
         as they are: give them their first values beside this.
@@ -756,12 +771,14 @@ class FusedAdamW(Optimizer):
             "_own": [dict(group.own) for group in self.param_groups],
             "_k": self._counts.read(self.param_groups),
             "_skipped": self._counts.read_skipped(),
+            "_norms": self._counts.read_norms(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Adopt a state; called by pickle and, with groups and state alone, by loaders."""
         state = dict(state)
         k, skipped, own = state.pop("_k", None), state.pop("_skipped", None), state.pop("_own", None)
+        norms = state.pop("_norms", None)
         super().__setstate__(state)
         self.__dict__.setdefault("_notes", Notes()).clear()
         if "_planner" in self.__dict__:
@@ -777,16 +794,16 @@ class FusedAdamW(Optimizer):
                 if name != "lr" and name not in group:
                     group[name] = default
         if k is not None:
-            self._start(k, skipped)
+            self._start(k, skipped, norms)
 
     @property
-    def max_grad_norm(self) -> float | None:
-        """Norm that gradients are clipped to; may be changed while training."""
+    def max_grad_norm(self) -> float | ZClip | None:
+        """Norm that gradients are clipped to, or what finds it; may be changed while training."""
         return self._settings["max_grad_norm"]
 
     @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        self._settings["max_grad_norm"] = arguments.max_grad_norm(value)
+    def max_grad_norm(self, value: float | ZClip | None) -> None:
+        self._settings["max_grad_norm"] = checked_limit(value)
         self._notes.changed = True
 
     @property

@@ -15,10 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fusedlr.columns import METRICS, NORMS, USED
+from fusedlr.guard import ZClip
 from fusedlr.schedule import Schedule, evaluate
 
 # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 CLIP_EPS = 1e-6
+# what ZClip adds to the standard deviation before it divides
+Z_EPS = 1e-6
 # uploaded tables kept per optimizer, far more than there are groups with a table of their own
 _MAX_TABLES = 64
 
@@ -126,11 +130,12 @@ class Scope:
     A scope makes a step when one of its tensors has a gradient, or else if it `always` does.
     """
 
-    max_grad_norm: float | None
+    max_grad_norm: float | None  # the norm is never above it; not None where there is a `zclip`
     skip_nonfinite: bool  # skip a step whose gradient norm is not finite
     always: bool
     # whether it skips by its own norm alone, whatever a scaler has found in the gradients of other scopes
     by_own_norm: bool = False
+    zclip: ZClip | None = None  # clips or skips norms far above those before
 
     @property
     def normed(self) -> bool:
@@ -270,8 +275,10 @@ class Counters:
         counts: int64 of shape (4, groups). Its rows are `k` (updates made: drives the schedule), `skipped`
             (steps), `skips_in_row` (steps skipped since the last update) and `stale` (replays of a captured
             step that found other tensors than it was captured with, and did nothing).
-        used: of shape (3, groups). Its rows are `lr`, `grad_norm` (nan where none was needed) and `coef` (of
-            clipping, 1 where nothing was clipped).
+        used: of shape (11, groups), the rows `columns.USED`: `lr`, `grad_norm` (nan where none was needed),
+            `coef` (of clipping, 1 where nothing was clipped), `limit` (of the norm, inf where there was
+            none), two that are a GPU step's own, and `norms`: those of `columns.NORMS`, in the column of a
+            scope's first group.
         squares: of shape (groups,) and never empty, the dtype of `used`: in the first places, per scope, the
             sum of squares of the unscaled gradients of the step under way.
         graphs: what a GPU backend must keep for the CUDA graphs that have captured its steps; it goes on with
@@ -287,13 +294,19 @@ class Counters:
     def __post_init__(self) -> None:
         """Name the rows."""
         self.k, self.skipped, self.skips_in_row, self.stale = self.counts.unbind()
-        self.lr, self.grad_norm, self.coef = self.used.unbind()
+        self._name_used()
+
+    def _name_used(self) -> None:
+        self.lr, self.grad_norm, self.coef, self.limit = self.used[: len(METRICS)].unbind()
+        self.norms = self.used[-len(NORMS) :]
 
     def use_fp32(self) -> None:
         """Keep what a step uses in fp32, for kernels that have no fp64."""
         if self.used.dtype != torch.float32:
+            norms = split_norms(self.norms)
             self.used = self.used.float()
-            self.lr, self.grad_norm, self.coef = self.used.unbind()
+            self._name_used()
+            self.norms.copy_(norms)
         self.squares = self.squares.float()
 
     @staticmethod
@@ -301,12 +314,13 @@ class Counters:
         """Counters of an optimizer that has made no step."""
         dtype = scalar_dtype(device)
         counts = torch.zeros((4, groups), dtype=torch.int64, device=device)
-        used = torch.zeros((3, groups), dtype=dtype, device=device)
+        used = torch.zeros((len(USED), groups), dtype=dtype, device=device)
         # the joint scope is there without groups, too
         squares = torch.zeros(max(groups, 1), dtype=dtype, device=device)
         counters = Counters(counts, used, squares, TensorMath(device))
         counters.grad_norm.fill_(math.nan)
         counters.coef.fill_(1)
+        counters.limit.fill_(math.inf)
         return counters
 
 
@@ -407,14 +421,27 @@ def update_(
         # what multiplies every gradient; None rather than 1, so that untouched gradients cost nothing
         factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
         norm = xp.scalar(counters.squares[s]).sqrt() if scope.normed else xp.scalar(math.nan)
-        coef = xp.scalar(1)
+        coef, limit = xp.scalar(1), xp.scalar(math.inf)
         bad = ~torch.isfinite(norm) if scope.normed else no
         if scope.by_own_norm:
             skip = bad if scope.skip_nonfinite else bad & found
         else:
             skip = found | bad if scope.skip_nonfinite else found
         if scope.max_grad_norm is not None:
-            coef = (scope.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+            limit = xp.scalar(scope.max_grad_norm)
+            highest = limit
+            first = next((i for i, group in enumerate(groups) if group.scope == s), None)
+            if scope.zclip is not None and first is not None:
+                norms = counters.norms[:, first]
+                spike, held = judge(norm, norms.to(xp.dtype), scope.zclip)
+                limit = torch.where(highest < held, highest, held)
+                highest = torch.where(spike, limit, highest)
+                if scope.zclip.action == "skip":
+                    skip = skip | spike
+                enters = ~skip & torch.isfinite(norm)
+                enters = enters if active is None else enters & active
+                norms.copy_(torch.where(enters, moved(norms.to(xp.dtype), held, scope.zclip), norms))
+            coef = (highest / (norm + CLIP_EPS)).clamp(max=1)
             factor = coef if factor is None else factor * coef
         for i, group in enumerate(groups):
             if group.scope != s:
@@ -428,16 +455,62 @@ def update_(
             for row in rows:
                 if row.group == i and row.grad is not None:
                     adamw_(row, group, lr, factor, still)
-            used = torch.stack([lr, norm, coef])
+            used = torch.stack([lr, norm, coef, limit])
             made, skipped, in_row = ~skip, skip, (counters.skips_in_row[i] + 1) * skip
             if active is not None:
-                used = torch.where(active, used, counters.used[:, i])
+                used = torch.where(active, used, counters.used[: len(used), i])
                 made, skipped = made & active, skipped & active
                 in_row = torch.where(active, in_row, counters.skips_in_row[i])
-            counters.used[:, i] = used
+            counters.used[: len(used), i] = used
             counters.k[i] += made
             counters.skipped[i] += skipped
             counters.skips_in_row[i] = in_row
+
+
+def judge(norm: Tensor, norms: Tensor, zclip: ZClip) -> tuple[Tensor, Tensor]:
+    """Whether a norm is a spike by those before it, and what it is held to: itself if it is none.
+
+    `norms`: the rows `columns.NORMS` of those before it. Kumar et al. 2025, arXiv:2504.02507.
+    """
+    seen, mean, mean_rest, variance, variance_rest = norms.unbind()
+    # both parts are subtracted from the norm, as fp32 needs it
+    above, deviation = (norm - mean) - mean_rest, (variance + variance_rest).sqrt()
+    z = above / (deviation + Z_EPS)
+    spike = (seen >= zclip.warmup_steps) & (z > zclip.z_thresh)
+    limit = mean + (zclip.z_thresh * zclip.z_thresh * deviation / z + mean_rest)
+    return spike, torch.where(spike, limit, norm)
+
+
+def moved(norms: Tensor, held: Tensor, zclip: ZClip) -> Tensor:
+    """The norms after one that was held to `held` has entered them: plain averages in the warm-up (Welford
+    1962), running ones after it.
+    """
+    seen, mean, mean_rest, variance, variance_rest = norms.unbind()
+    warm = seen >= zclip.warmup_steps
+    weight = torch.where(warm, 1 - zclip.alpha, 1 / (seen + 1))
+    above = (held - mean) - mean_rest
+    mean, mean_rest = exact_sum(mean, mean_rest + weight * above)
+    left = (held - mean) - mean_rest
+    change = weight * (((torch.where(warm, left, above) * left) - variance) - variance_rest)
+    variance, variance_rest = exact_sum(variance, variance_rest + change)
+    return torch.stack([seen + 1, mean, mean_rest, variance, variance_rest])
+
+
+def exact_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of two numbers as it is rounded, and what the rounding took (Knuth's two-sum)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def split_norms(norms: Tensor) -> Tensor:
+    """Rows of `columns.NORMS` in fp32, mean and variance again as two numbers each."""
+    seen, mean, mean_rest, variance, variance_rest = norms.double().unbind()
+    rows = [seen.float()]
+    for whole, rest in ((mean, mean_rest), (variance, variance_rest)):
+        high = (whole + rest).float()
+        rows += [high, ((whole - high) + rest).float()]
+    return torch.stack(rows)
 
 
 def active_on_device(index: int, scope: Scope, signals: Signals, xp: TensorMath) -> Tensor | None:

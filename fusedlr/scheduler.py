@@ -113,6 +113,7 @@ class ScheduleView(LRScheduler):
                 self.optimizer.state,
                 k,
                 self._counts.read_skipped(),
+                self._counts.read_norms(),
                 joint=self._counts.joint,
             ),
         }

@@ -16,6 +16,7 @@ from fusedlr import arguments, checkpoint
 from fusedlr.checkpoint import Loaded
 from fusedlr.columns import STATE
 from fusedlr.groups import OWN_KEYS, ParamGroup, ScopeKey, check_rates, has_schedule
+from fusedlr.guard import to_numbers
 from fusedlr.kept import Kept
 from fusedlr.peft_names import adapter_of, without_adapter
 from fusedlr.reference import Scope, local
@@ -24,9 +25,15 @@ from fusedlr.step import State
 
 
 def saved(
-    key: ScopeKey, groups: Sequence[ParamGroup], state: State, k: list[int], skipped: list[int], scope: Scope
+    key: ScopeKey,
+    groups: Sequence[ParamGroup],
+    state: State,
+    k: list[int],
+    skipped: list[int],
+    norms: list[list[float]],
+    scope: Scope,
 ) -> dict[str, Any]:
-    """The state dict of these groups alone, in copies; `k` and `skipped` are theirs."""
+    """The state dict of these groups alone, in copies; `k`, `skipped` and `norms` are theirs."""
     params = [p for group in groups for p in group["params"]]
     ids = {p: i for i, p in enumerate(params)}
     file: dict[str, Any] = {
@@ -38,11 +45,12 @@ def saved(
         if (names := _names(key, group)) is not None:
             plain["param_names"] = names
         file["param_groups"].append({**plain, "params": [ids[p] for p in group["params"]]})
-    own = checkpoint.own_state(list(groups), state, k, skipped, joint=key is None)
+    own = checkpoint.own_state(list(groups), state, k, skipped, norms, joint=key is None)
     for of_group in own["groups"]:
         # another slot has another name, and another optimizer may have other limits
         of_group.pop("scope", None)
-        of_group["max_grad_norm"] = scope.max_grad_norm
+        of_group.pop("zclip", None)
+        of_group.update(to_numbers(scope.max_grad_norm if scope.zclip is None else scope.zclip))
         of_group["nonfinite"] = "skip" if scope.skip_nonfinite else "propagate"
     checkpoint.complete(file, list(groups), own)
     return file

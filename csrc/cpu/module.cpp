@@ -43,8 +43,11 @@ Group make_group(std::shared_ptr<const Schedule<double>> schedule, double peak, 
     return {schedule, peak, b1, b2, eps, weight_decay, maximize, scope};
 }
 
-Scope make_scope(std::optional<double> max_grad_norm, bool skip_nonfinite, bool always, bool by_own_norm) {
-    return {bool(max_grad_norm), max_grad_norm.value_or(0), skip_nonfinite, always, by_own_norm};
+Scope make_scope(std::optional<double> max_grad_norm, bool skip_nonfinite, bool always, bool by_own_norm,
+                 double warmup_steps, double z_thresh, double one_alpha, bool skip_spikes) {
+    const Guard<double> guard = {warmup_steps, z_thresh, one_alpha};
+    return {bool(max_grad_norm), max_grad_norm.value_or(0), skip_nonfinite, always, by_own_norm, guard,
+            skip_spikes};
 }
 
 const Kernel& kernel_for(const std::string& isa) {
@@ -53,12 +56,21 @@ const Kernel& kernel_for(const std::string& isa) {
     throw std::invalid_argument("this machine cannot run " + isa);
 }
 
-// counts: of shape (4, groups), used: of shape (3, groups), as in reference.Counters
+// counts: of shape (4, groups), used: of shape (11, groups), as in reference.Counters
 Counters make_counters(uintptr_t counts, uintptr_t used, uintptr_t squares, size_t groups) {
     int64_t* const k = reinterpret_cast<int64_t*>(counts);
-    double* const lr = reinterpret_cast<double*>(used);
-    return {
-        k, k + groups, k + 2 * groups, lr, lr + groups, lr + 2 * groups, reinterpret_cast<double*>(squares)};
+    double* const rows = reinterpret_cast<double*>(used);
+    Counters counters = {k,
+                         k + groups,
+                         k + 2 * groups,
+                         rows + k_lr * groups,
+                         rows + k_grad_norm * groups,
+                         rows + k_coef * groups,
+                         rows + k_limit * groups,
+                         {},
+                         reinterpret_cast<double*>(squares)};
+    for (size_t i = 0; i < counters.norms.size(); ++i) counters.norms[i] = rows + (k_seen + i) * groups;
+    return counters;
 }
 
 // every list but `states` has one entry per tensor; `states` has one such list per name of the state
@@ -145,7 +157,8 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("scope"));
     py::class_<Scope>(module, "Scope")
         .def(py::init(&make_scope), py::arg("max_grad_norm"), py::arg("skip_nonfinite"), py::arg("always"),
-             py::arg("by_own_norm"));
+             py::arg("by_own_norm"), py::arg("warmup_steps") = 0, py::arg("z_thresh") = 0,
+             py::arg("one_alpha") = 0, py::arg("skip_spikes") = false);
     py::class_<Stepper>(module, "Stepper")
         .def(py::init(&make_stepper), py::arg("isa"), py::arg("group_of"), py::arg("params"),
              py::arg("state_types"), py::arg("sizes"), py::arg("p"), py::arg("states"), py::arg("t"),

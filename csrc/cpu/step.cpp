@@ -63,6 +63,9 @@ void Stepper::assign(std::vector<Group> groups, std::vector<Scope> scopes) {
     skip_.resize(scopes_.size());
     coef_.resize(scopes_.size());
     norm_.resize(scopes_.size());
+    limit_.resize(scopes_.size());
+    first_group_.assign(scopes_.size(), groups_.size());
+    for (size_t j = groups_.size(); j-- > 0;) first_group_[groups_[j].scope] = j;
 }
 
 void Stepper::run(int stages, const Inputs& inputs) {
@@ -136,21 +139,40 @@ void Stepper::add_squares() {
     }
 }
 
-void Stepper::decide(const Inputs& inputs) {
-    for (size_t s = 0; s < scopes_.size(); ++s) {
-        const Scope& scope = scopes_[s];
-        norm_[s] =
-            scope.normed() ? std::sqrt(counters_.squares[s]) : std::numeric_limits<double>::quiet_NaN();
-        const bool bad = !std::isfinite(norm_[s]);
-        skip_[s] = scope.by_own_norm ? bad && (scope.skip_nonfinite || inputs.found_inf)
-                                     : inputs.found_inf || (scope.skip_nonfinite && bad);
-        coef_[s] = 1;
-        if (scope.clip) {
-            coef_[s] = scope.max_grad_norm / (norm_[s] + kClipEps);
-            // a coefficient that is nan stays
-            if (coef_[s] > 1) coef_[s] = 1;
+// Norm, limit, coefficient and skip of a scope; a norm enters those that its ZClip has seen.
+void Stepper::judge_norm(size_t s, bool found_inf) {
+    const Scope& scope = scopes_[s];
+    norm_[s] = scope.normed() ? std::sqrt(counters_.squares[s]) : std::numeric_limits<double>::quiet_NaN();
+    const bool bad = !std::isfinite(norm_[s]);
+    skip_[s] = scope.by_own_norm ? bad && (scope.skip_nonfinite || found_inf)
+                                 : found_inf || (scope.skip_nonfinite && bad);
+    coef_[s] = 1;
+    limit_[s] = std::numeric_limits<double>::infinity();
+    if (!scope.clip) return;
+    double highest = limit_[s] = scope.max_grad_norm;
+    const size_t first = first_group_[s];
+    if (scope.guard.one_alpha > 0 && first < groups_.size()) {
+        const auto& rows = counters_.norms;
+        Norms<double> norms = {rows[0][first], rows[1][first], rows[2][first], rows[3][first],
+                               rows[4][first]};
+        const Verdict<double> verdict = judge(norm_[s], norms, scope.guard);
+        limit_[s] = highest < verdict.held ? highest : verdict.held;
+        if (verdict.spike) highest = limit_[s];
+        skip_[s] |= verdict.spike && scope.skip_spikes;
+        if (active_[s] && !skip_[s] && !bad) {
+            move_norms(norms, verdict.held, scope.guard);
+            rows[0][first] = norms.seen;
+            rows[1][first] = norms.mean, rows[2][first] = norms.mean_rest;
+            rows[3][first] = norms.variance, rows[4][first] = norms.variance_rest;
         }
     }
+    coef_[s] = highest / (norm_[s] + kClipEps);
+    // a coefficient that is nan stays
+    if (coef_[s] > 1) coef_[s] = 1;
+}
+
+void Stepper::decide(const Inputs& inputs) {
+    for (size_t s = 0; s < scopes_.size(); ++s) judge_norm(s, inputs.found_inf);
     size_t i = 0;
     for (size_t j = 0; j < groups_.size(); ++j) {
         const Group& group = groups_[j];
@@ -182,7 +204,7 @@ void Stepper::decide(const Inputs& inputs) {
             tensors_[i].scalars = s;
         }
         counters_.lr[j] = lr, counters_.grad_norm[j] = norm_[group.scope];
-        counters_.coef[j] = coef_[group.scope];
+        counters_.coef[j] = coef_[group.scope], counters_.limit[j] = limit_[group.scope];
         counters_.k[j] += !skip;
         counters_.skipped[j] += skip;
         counters_.skips_in_row[j] = skip ? counters_.skips_in_row[j] + 1 : 0;

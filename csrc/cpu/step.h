@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../guard.h"
 #include "kernel.h"
 
 namespace fusedlr {
@@ -42,6 +43,8 @@ struct Scope {
     bool clip;
     double max_grad_norm;  // where clip
     bool skip_nonfinite, always, by_own_norm;
+    Guard<double> guard;
+    bool skip_spikes;
 
     bool normed() const { return clip || skip_nonfinite; }
 };
@@ -65,7 +68,8 @@ enum Stages : int { kNorm = 1, kUpdate = 2 };
 // addresses of reference.Counters, each of shape (groups,), and of the scopes' sums of squares
 struct Counters {
     int64_t *k, *skipped, *skips_in_row;
-    double *lr, *grad_norm, *coef;
+    double *lr, *grad_norm, *coef, *limit;
+    std::array<double*, kUsed - k_seen> norms;
     double* squares;
 };
 
@@ -115,6 +119,7 @@ class Stepper {
     void begin(const Inputs& inputs);
     void add_squares();
     void decide(const Inputs& inputs);
+    void judge_norm(size_t scope, bool found_inf);
     bool squares_needed(const Chunk& chunk) const {
         const size_t scope = groups_[rows_[chunk.row].group].scope;
         return active_[scope] && scopes_[scope].normed();
@@ -130,10 +135,11 @@ class Stepper {
     std::vector<size_t> chunk_of_;  // row -> its first chunk; one more at the end
     int64_t elements_ = 0;
     // of the step under way
-    std::vector<Tensor> tensors_;      // per row
-    std::vector<char> active_;         // per scope: whether it makes this step
-    std::vector<char> skip_;           // per scope
-    std::vector<double> coef_, norm_;  // per scope
+    std::vector<Tensor> tensors_;              // per row
+    std::vector<char> active_;                 // per scope: whether it makes this step
+    std::vector<char> skip_;                   // per scope
+    std::vector<double> coef_, norm_, limit_;  // per scope
+    std::vector<size_t> first_group_;          // scope -> its first group, or how many there are
 };
 
 }  // namespace fusedlr

@@ -9,6 +9,7 @@
 #include "step.h"
 
 #include "../adamw.h"
+#include "../guard.h"
 
 namespace fusedlr {
 namespace {
@@ -98,21 +99,44 @@ __device__ const ScopeFloats* scope_floats(const Step& step) {
 // what is known of a scope once its sum of squares is
 struct Decision {
     float norm, coef;
+    float limit;
+    float held;  // what a ZClip holds the norm to
     bool skip;
 };
 
+__device__ Guard<float> guard_of(const Step& step, int64_t scope) {
+    const ScopeFloats& floats = scope_floats(step)[scope];
+    return {floats.warmup_steps, floats.z_thresh, floats.one_alpha};
+}
+
+__device__ Norms<float> norms_of(const Step& step, int64_t group) {
+    const float* const used = step.used + group;
+    const int64_t groups = step.groups;
+    return {used[k_seen * groups], used[k_mean * groups], used[k_mean_rest * groups],
+            used[k_variance * groups], used[k_variance_rest * groups]};
+}
+
 __device__ Decision decide(const Step& step, int64_t scope) {
     const ScopeInts ints = scope_ints(step)[scope];
-    const float limit = scope_floats(step)[scope].max_grad_norm;
+    float highest = scope_floats(step)[scope].max_grad_norm;
     const float norm = ints.normed ? sqrtf(__ldcg(step.squares + scope)) : nanf("");
-    // a nan stays; without clipping the limit is nan
-    float coef = limit / (norm + kClipEps);
-    if (coef > 1 || limit != limit) coef = 1;
+    const Guard<float> guard = guard_of(step, scope);
+    float limit = highest != highest ? __int_as_float(0x7f800000) : highest, held = norm;
+    bool spike = false;
+    if (guard.one_alpha > 0) {
+        const Verdict<float> verdict = judge(norm, norms_of(step, ints.first_group), guard);
+        spike = verdict.spike, held = verdict.held;
+        limit = highest < held ? highest : held;
+        if (spike) highest = limit;
+    }
+    // a nan stays; without clipping the highest norm is nan
+    float coef = highest / (norm + kClipEps);
+    if (coef > 1 || highest != highest) coef = 1;
     // anything but 0, nan included
     const bool found = *step.found_inf != 0, bad = !isfinite(norm);
     const bool skip =
         ints.by_own_norm ? bad && (ints.skip_nonfinite || found) : found || (ints.skip_nonfinite && bad);
-    return {norm, coef, skip};
+    return {norm, coef, limit, held, skip || (spike && ints.skip_spikes)};
 }
 
 // given: the rate as a number, used where there is neither a schedule nor a rate on the device
@@ -319,7 +343,26 @@ __device__ void finish_squares(const Step& step) {
     }
 }
 
-// moves the counters of the groups that made the step and of the tensors that were updated
+// whether the step of a group is skipped, as the block has said that has its first chunk
+__device__ bool skipped(const Step& step, int64_t group) {
+    return __ldcg(step.used + k_skip * step.groups + group) != 0;
+}
+
+// a norm enters those that the ZClip of its scope has seen
+__device__ void move_norms_of(const Step& step, int64_t scope) {
+    const Guard<float> guard = guard_of(step, scope);
+    if (!step.active[scope] || !(guard.one_alpha > 0)) return;
+    const int64_t group = scope_ints(step)[scope].first_group, groups = step.groups;
+    float* const used = step.used + group;
+    if (skipped(step, group) || !isfinite(__ldcg(used + k_grad_norm * groups))) return;
+    Norms<float> norms = norms_of(step, group);
+    move_norms(norms, __ldcg(used + k_held * groups), guard);
+    used[k_seen * groups] = norms.seen;
+    used[k_mean * groups] = norms.mean, used[k_mean_rest * groups] = norms.mean_rest;
+    used[k_variance * groups] = norms.variance, used[k_variance_rest * groups] = norms.variance_rest;
+}
+
+// moves the counters of the groups that made the step and of the tensors that were updated, and the norms
 template <int N>
 __device__ void count_step(const Launch<N>& launch) {
     const Step& step = launch.step;
@@ -327,10 +370,10 @@ __device__ void count_step(const Launch<N>& launch) {
     for (int32_t i = threadIdx.x; i < groups; i += kThreads) {
         const int64_t scope = step.group_ints[i].scope;
         if (!step.active[scope]) continue;
-        const bool skip = decide(step, scope).skip;
-        int64_t *const k = step.counts + i, *const skipped = k + groups, *const in_row = skipped + groups;
+        const bool skip = skipped(step, i);
+        int64_t *const k = step.counts + i, *const skips = k + groups, *const in_row = skips + groups;
         *k += !skip;
-        *skipped += skip;
+        *skips += skip;
         *in_row = skip ? *in_row + 1 : 0;
     }
     for (int32_t i = threadIdx.x; i < step.rows; i += kThreads) {
@@ -338,8 +381,9 @@ __device__ void count_step(const Launch<N>& launch) {
         if (step.some_missing && !gradient_of(launch, i)) continue;
         const TensorRow& row = step.tensors[i];
         const int64_t scope = step.group_ints[row.group].scope;
-        if (step.active[scope] && !decide(step, scope).skip) *pointer<float>(uint64_t(row.step)) += 1;
+        if (step.active[scope] && !skipped(step, row.group)) *pointer<float>(uint64_t(row.step)) += 1;
     }
+    for (int32_t i = threadIdx.x; i < step.scopes; i += kThreads) move_norms_of(step, i);
 }
 
 // what holds for a chunk, found out by one thread; row is null where nothing is to be updated. A scope that
@@ -358,7 +402,11 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
     const float lr = lr_at(step, ints, floats, given, k);
     if (active && chunk.first_of_group) {
         float* const used = step.used + chunk.group;
-        used[0] = lr, used[step.groups] = decision.norm, used[2 * step.groups] = decision.coef;
+        const int64_t groups = step.groups;
+        used[k_lr * groups] = lr, used[k_grad_norm * groups] = decision.norm;
+        used[k_coef * groups] = decision.coef, used[k_limit * groups] = decision.limit;
+        // for the last block, which counts
+        used[k_held * groups] = decision.held, used[k_skip * groups] = decision.skip;
     }
     skip = decision.skip || !active;
     if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);

@@ -14,7 +14,7 @@ struct Step {
     const GroupFloats* group_floats;  // then ScopeFloats, then PhaseFloats, then tables
     const float* rates;               // (groups,): rates that are given as numbers
     int64_t* counts;                  // (4, groups): k, skipped, skips_in_row, stale
-    float* used;                      // (3, groups): lr, grad_norm, coef
+    float* used;                      // (11, groups): USED of columns.py
     float* squares;                   // (scopes,): sums of squares of the unscaled gradients
     float* partials;                  // the sum of squares of every chunk, by slot
     int32_t* tickets;                 // of the norm launches, of the step launches

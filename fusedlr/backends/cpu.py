@@ -92,10 +92,7 @@ class CpuStepper:
         self._rates = [(i, group.lr) for i, group in enumerate(groups) if group.lr is not None]
         self._compiled.assign(
             [_group(group) for group in groups],
-            [
-                compiled.cpu.Scope(scope.max_grad_norm, scope.skip_nonfinite, scope.always, scope.by_own_norm)
-                for scope in scopes
-            ],
+            list(map(_scope, scopes)),
         )
 
     def norm(self, signals: Signals) -> None:
@@ -147,6 +144,16 @@ def _group(group: GroupStep) -> Any:
     schedule = None if group.schedule is None else compiled_schedule(group.schedule)
     return compiled.cpu.Group(
         schedule, group.peak, *group.betas, group.eps, group.weight_decay, group.maximize, group.scope
+    )
+
+
+def _scope(scope: Scope) -> Any:
+    fixed = scope.max_grad_norm, scope.skip_nonfinite, scope.always, scope.by_own_norm
+    zclip = scope.zclip
+    if zclip is None:
+        return compiled.cpu.Scope(*fixed)
+    return compiled.cpu.Scope(
+        *fixed, zclip.warmup_steps, zclip.z_thresh, 1 - zclip.alpha, zclip.action == "skip"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fusedlr
+from fusedlr import ZClip
 from gpu.steps import SCHEDULE
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -279,6 +280,78 @@ def _mixed(**more: Any) -> Callable[[Make], list[dict[str, Any]]]:
     ]
 
 
+def _spikes(*steps: int, factor: float = 40.0) -> Before:
+    """Gradients of these steps are so much larger, one more than the other; those of others differ a bit."""
+
+    def before(optimizer: Any, k: int, params: list[Tensor]) -> None:
+        for p in params:
+            p.grad.mul_(factor * (1 + k) if k in steps else (1.0, 1.3, 0.9)[k % 3])
+
+    return before
+
+
+def _spiking_adapters(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    """Each scope has its own spikes, and its own steps."""
+    optimizer.only = None if k != 4 else ("a", "c", None)
+    for i, p in enumerate(params):
+        p.grad.mul_(60.0 if (k, i % 4) in ((4, 0), (5, 1), (6, 2)) else (1.0, 1.2, 0.9, 1.1)[k % 4])
+    if k == 3:
+        params[2].grad.fill_(math.nan)
+
+
+def _guarded_adapters(make: Make) -> list[dict[str, Any]]:
+    """The adapters, with what they do about spikes."""
+    limits = {
+        "a": ZClip(warmup_steps=3),
+        "b": ZClip(alpha=0.5, z_thresh=1.5, warmup_steps=2, max_norm=70.0, action="skip"),
+        "c": ZClip(warmup_steps=2, z_thresh=0.5),
+    }
+    return [
+        {**group, "max_grad_norm": limits[group["scope"]]} if "scope" in group else group
+        for group in _adapters(make)
+    ]
+
+
+GPU_CASES |= {
+    "ZClip": GpuCase(_sizes(7, 5000), {"max_grad_norm": ZClip(warmup_steps=3)}, 8, _spikes(4, 5, 7)),
+    "ZClip that skips": GpuCase(
+        _sizes(7, 5000), {"max_grad_norm": ZClip(warmup_steps=3, action="skip")}, 8, _spikes(0, 4, 5, 7)
+    ),
+    "ZClip under a limit": GpuCase(
+        _sizes(7, 5000, dtype=BF16),
+        {"max_grad_norm": ZClip(warmup_steps=2, max_norm=75.0, alpha=0.0)},
+        6,
+        _spikes(0, 3),
+    ),
+    "ZClip and what is not finite": GpuCase(
+        _sizes(7, 500), {"max_grad_norm": ZClip(warmup_steps=2)}, 6, _spoil(_nan, None, _inf, None, _inf)
+    ),
+    "ZClip that propagates": GpuCase(
+        _sizes(7, 500),
+        {"max_grad_norm": ZClip(warmup_steps=1), "nonfinite": "propagate"},
+        4,
+        _spoil(None, None, _inf),
+    ),
+    "ZClip under a scaler": GpuCase(
+        _sizes(7, 5000), {"max_grad_norm": ZClip(warmup_steps=1)}, 7, _SCALED, grad_size=1000.0
+    ),
+    "ZClip, gradients of 0": GpuCase(
+        _sizes(7, 50), {"max_grad_norm": ZClip(warmup_steps=2)}, 4, grad_size=0.0
+    ),
+    "ZClips of scopes": GpuCase(
+        _guarded_adapters, {"max_grad_norm": ZClip(warmup_steps=2)}, 8, _spiking_adapters
+    ),
+    "ZClips of 600 groups": GpuCase(
+        lambda make: [
+            {"params": [make(1 + i % 3)] if i % 5 else [], "max_grad_norm": ZClip(warmup_steps=1 + i % 3)}
+            for i in range(600)
+        ],
+        {"groups": "independent"},
+        4,
+        _spikes(2),
+        large=True,
+    ),
+}
 GPU_CASES |= {
     "joint groups": GpuCase(
         lambda make: [

@@ -81,7 +81,7 @@ def difference(ours: fusedlr.FusedAdamW, theirs: fusedlr.FusedAdamW) -> float:
     pairs = [tuple(whole_values(all_params(o), o) for o in (ours, theirs))]
     for key in MOMENTS:
         pairs.append(tuple([s[key] for s in o.state.values() if key in s] for o in (ours, theirs)))
-    for key in ("lr", "grad_norm", "coef"):
+    for key in ("lr", "grad_norm", "coef", "limit"):
         pairs.append(tuple(list(o.metrics()[key].double().reshape(-1).split(1)) for o in (ours, theirs)))
     return max(_difference(a, b) for a, b in pairs)
 

@@ -128,7 +128,17 @@ def test_the_nvrtc_of_torchs_cuda_comes_first(monkeypatch: pytest.MonkeyPatch) -
 
 def test_all_that_kernels_include_is_part_of_the_key() -> None:
     text, headers = kernels.sources()
-    names = {"step.h", "../adamw.h", "schedule.h", "../types.h", "columns.h", "cmath", "cstdint", "cstring"}
+    names = {
+        "step.h",
+        "../adamw.h",
+        "../guard.h",
+        "schedule.h",
+        "../types.h",
+        "columns.h",
+        "cmath",
+        "cstdint",
+        "cstring",
+    }
     assert set(headers) == names
     key = cache.key_of(text, headers, "sm_90")
     for name in headers:

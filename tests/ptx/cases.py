@@ -15,6 +15,8 @@ from gpu.steps import MOMENTS, whole_values
 from tolerances import GPU_16_BIT_SHARE, GPU_RMS_FLOOR, GPU_RMS_RATIO, GPU_STEP, GPU_USED
 from torch import Tensor
 
+from fusedlr.columns import METRICS
+
 from . import driver
 
 # steps of a case of the optimizer suite: past the first, whose rate is 0, and past the first skips
@@ -36,7 +38,8 @@ class Outcome:
     max_exp_avg_sq: list[Tensor]
     updates: list[float]  # of every tensor, -1 before the first
     counts: Tensor
-    used: Tensor
+    used: Tensor  # without the norms, which are
+    norms: Tensor
 
     @staticmethod
     def of(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Outcome:
@@ -50,7 +53,8 @@ class Outcome:
             *moments,
             updates,
             counters.counts.clone(),
-            counters.used.clone(),
+            counters.used[: len(METRICS)].clone(),
+            counters.norms.clone(),
         )
 
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -118,7 +122,7 @@ def bits_differ(a: Outcome, b: Outcome) -> str | None:
         for i, (x, y) in enumerate(zip(tensors, getattr(b, name), strict=True)):
             if not torch.equal(bits(x), bits(y)):
                 return f"the bits of {name}[{i}] depend on the order"
-    for field in fields(Outcome)[-2:]:
+    for field in fields(Outcome)[-3:]:
         if not torch.equal(bits(getattr(a, field.name)), bits(getattr(b, field.name))):
             return f"the bits of {field.name} depend on the order"
     return None if a.updates == b.updates else "updates of tensors depend on the order"
@@ -138,6 +142,8 @@ def leaves_reference(ours: Outcome, case: Case) -> str | None:
     off = ((used - wanted).abs() / wanted.abs().clamp(min=1e-30))[finite]
     if off.numel() and off.max() > GPU_USED:
         return f"used {used[:, :4].tolist()} instead of {wanted[:, :4].tolist()}"
+    if _norms_differ(ours.norms.double(), theirs.norms):
+        return f"norms {ours.norms[:, :4].tolist()} instead of {theirs.norms[:, :4].tolist()}"
     for name, tensors in ours.tensors().items():
         reference, exact = getattr(theirs, name), getattr(oracle, name)
         # of all tensors of the kind: the elements of a small one may cancel
@@ -148,6 +154,17 @@ def leaves_reference(ours: Outcome, case: Case) -> str | None:
             if (why := _tensor_differs(x, y, z, case.steps, largest)) is not None:
                 return f"{name}[{i}] of {x.numel()} elements: {why}"
     return None
+
+
+def _norms_differ(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether a `ZClip` has seen other norms; a norm is off by as much as the `GPU_USED` of it."""
+    (seen, *x), (wanted, *y) = ours, theirs
+    mean, variance, mean_wanted, variance_wanted = x[0] + x[1], x[2] + x[3], y[0] + y[1], y[2] + y[3]
+    most = GPU_USED * mean_wanted
+    # the square of a deviation, of which both numbers are off by that much
+    of_square = 4 * most * (variance_wanted.sqrt() + most)
+    off = ((mean - mean_wanted).abs() > most) | ((variance - variance_wanted).abs() > of_square)
+    return not torch.equal(seen, wanted) or bool(off.any()) or not bool(ours.isfinite().all())
 
 
 def _nonfinite_differ(x: Tensor, y: Tensor) -> bool:

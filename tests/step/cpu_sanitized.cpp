@@ -66,16 +66,20 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
         gradients.push_back(allocate(sizes[i], size_of(param)));
     }
     std::vector<int64_t> k(3), skipped(3), in_row(3);
-    std::vector<double> lr(3), norm(3), coef(3), squares(3);
-    const Counters counters = {k.data(),    skipped.data(), in_row.data(), lr.data(),
-                               norm.data(), coef.data(),    squares.data()};
+    std::vector<double> lr(3), norm(3), coef(3), limit(3), squares(3);
+    std::vector<std::vector<double>> norms(kUsed - k_seen, std::vector<double>(3));
+    Counters counters = {k.data(),      skipped.data(), in_row.data(), lr.data(),
+                         norm.data(),   coef.data(),    limit.data(),  {},
+                         squares.data()};
+    for (size_t i = 0; i < norms.size(); ++i) counters.norms[i] = norms[i].data();
     Stepper stepper(rows, 3, counters, kernel);
     const auto schedule = std::make_shared<Schedule<double>>(every_shape());
     const size_t of_last = joint ? 0 : 2;
     const Group first = {schedule, 0.1, 0.9, 0.999, 1e-8, 0.1, false, 0};
     const Group none = {nullptr, 0, 0, 0, 1e-8, 0.1, true, size_t(!joint)};
     const Group last = {nullptr, 0, 0, 0, 1e-8, 0.1, true, of_last};
-    const Scope clipped = {true, 1.0, true, joint}, plain = {false, 0, false, false};
+    // a ZClip that looks at every norm but the first
+    const Scope clipped = {true, 1.0, true, joint, false, {1, 2.5, 0.5}}, plain = {false, 0, false, false};
     stepper.assign({first, none, last},
                    joint ? std::vector<Scope>{clipped} : std::vector<Scope>{clipped, plain, plain});
     const std::vector<double> rates = {0, 0.1, 0.1};

@@ -85,7 +85,7 @@ def tensors(groups: list[StepGroup]) -> list[Tensor]:
 
 
 def values(counters: Counters) -> list[list[float]]:
-    names = ("k", "skipped", "skips_in_row", "lr", "grad_norm", "coef")
+    names = ("k", "skipped", "skips_in_row", "lr", "grad_norm", "coef", "limit")
     return [getattr(counters, name).tolist() for name in names]
 
 

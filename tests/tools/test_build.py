@@ -152,7 +152,7 @@ def test_the_source_of_the_cuda_kernels_travels_in_every_wheel(tree, compiler):
         _, files = wheel(tree, **environment)
         shutil.rmtree(tree / "dist")
         inside = {file.removeprefix("fusedlr/csrc/") for file in files if file.startswith("fusedlr/csrc/")}
-        assert inside == {"schedule.h", "adamw.h", "types.h", "cuda/step.h", "cuda/step.cu"}
+        assert inside == {"schedule.h", "adamw.h", "guard.h", "types.h", "cuda/step.h", "cuda/step.cu"}
 
 
 def test_a_failed_build_in_place_leaves_no_module(tree, compiler):

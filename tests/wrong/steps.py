@@ -60,6 +60,31 @@ EDITS = {
     ),
 }
 
+# the same for what a ZClip does, which stock torch has nothing of
+GUARD_EDITS = {
+    "limit of a threshold": ("zclip.z_thresh * zclip.z_thresh * deviation / z", "zclip.z_thresh * deviation"),
+    "variance by the old mean": (
+        "torch.where(warm, left, above) * left",
+        "torch.where(warm, above, above) * left",
+    ),
+    "variance of a sample": (
+        "spike = (seen >=",
+        "deviation = deviation * (seen / (seen - 1)).sqrt()\n    spike = (seen >=",
+    ),
+    "spikes move the mean whole": ("moved(norms.to(xp.dtype), held,", "moved(norms.to(xp.dtype), norm,"),
+    "skipped spikes are seen": ("enters = ~skip & torch.isfinite(norm)", "enters = torch.isfinite(norm)"),
+    "spikes below the mean": ("(z > zclip.z_thresh)", "(z.abs() > zclip.z_thresh)"),
+    "one norm too late": ("(seen >= zclip.warmup_steps) &", "(seen > zclip.warmup_steps) &"),
+    "warm-up of running averages": (
+        "torch.where(warm, 1 - zclip.alpha, 1 / (seen + 1))",
+        "torch.full_like(seen, 1 - zclip.alpha)",
+    ),
+    "max_norm from the first spike on": (
+        "highest = torch.where(spike, limit, highest)",
+        "highest = torch.where(spike, limit, math.inf)",
+    ),
+}
+
 # right numbers, but the host waits for the device
 SYNCS = {
     "host decides to skip": (

@@ -149,10 +149,19 @@ class Packed:
             group_floats += group.eps, group.weight_decay, -1.0 if group.maximize else 1.0
         scope_ints: list[int] = []
         scope_floats: list[float] = []
-        for scope, own in zip(scopes, slots, strict=True):
+        scope_of = [group.scope for group in groups]
+        for i, (scope, own) in enumerate(zip(scopes, slots, strict=True)):
             scope_ints += int(scope.normed), int(scope.skip_nonfinite), int(scope.by_own_norm), *own
+            zclip = scope.zclip
+            # the joint scope may have no group, and is not looked at then
+            scope_ints.append(scope_of.index(i) if i in scope_of else 0)
+            scope_ints.append(int(zclip is not None and zclip.action == "skip"))
             # a limit of inf still makes nan of a norm that is inf
             scope_floats.append(math.nan if scope.max_grad_norm is None else scope.max_grad_norm)
+            # no norm is a spike after infinitely many
+            warmup_steps = math.inf if zclip is None else float(zclip.warmup_steps)
+            own_floats = (0.0, 0.0) if zclip is None else (zclip.z_thresh, 1 - zclip.alpha)
+            scope_floats += warmup_steps, *own_floats
         count = len(phase_ints) // len(PHASE_INTS)
         spare = _room_for(count) - count
         phase_ints += [0] * (spare * len(PHASE_INTS))

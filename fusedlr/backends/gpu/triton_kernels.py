@@ -44,8 +44,10 @@ THREADS = 128
 # lanes of the last programs' loops: over groups and tensors, where more take registers from all programs, and
 # over partial sums, 10,000 for 40 M elements
 LANES = tl.constexpr(512)
+SCOPE_LANES = tl.constexpr(128)
 SUMS = tl.constexpr(1024)
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
+Z_EPS = tl.constexpr(reference.Z_EPS)
 # the interpreter truncates fp32 to bf16, where hardware rounds
 TRUNCATES = tl.constexpr(knobs.runtime.interpret)
 
@@ -99,9 +101,26 @@ SKIP_NONFINITE = tl.constexpr(_SCOPE_INTS.index("skip_nonfinite"))
 BY_OWN_NORM = tl.constexpr(_SCOPE_INTS.index("by_own_norm"))
 FIRST_SLOT = tl.constexpr(_SCOPE_INTS.index("first_slot"))
 LAST_SLOT = tl.constexpr(_SCOPE_INTS.index("last_slot"))
+FIRST_GROUP = tl.constexpr(_SCOPE_INTS.index("first_group"))
+SKIP_SPIKES = tl.constexpr(_SCOPE_INTS.index("skip_spikes"))
 
 SCOPE_FLOATS = tl.constexpr(len(_SCOPE_FLOATS))
 MAX_GRAD_NORM = tl.constexpr(_SCOPE_FLOATS.index("max_grad_norm"))
+WARMUP_STEPS = tl.constexpr(_SCOPE_FLOATS.index("warmup_steps"))
+Z_THRESH = tl.constexpr(_SCOPE_FLOATS.index("z_thresh"))
+ONE_ALPHA = tl.constexpr(_SCOPE_FLOATS.index("one_alpha"))
+
+USED_LR = tl.constexpr(columns.USED.index("lr"))
+USED_NORM = tl.constexpr(columns.USED.index("grad_norm"))
+USED_COEF = tl.constexpr(columns.USED.index("coef"))
+USED_LIMIT = tl.constexpr(columns.USED.index("limit"))
+HELD = tl.constexpr(columns.USED.index("held"))
+SKIP = tl.constexpr(columns.USED.index("skip"))
+SEEN = tl.constexpr(columns.USED.index("seen"))
+MEAN = tl.constexpr(columns.USED.index("mean"))
+MEAN_REST = tl.constexpr(columns.USED.index("mean_rest"))
+VARIANCE = tl.constexpr(columns.USED.index("variance"))
+VARIANCE_REST = tl.constexpr(columns.USED.index("variance_rest"))
 
 
 @triton.jit
@@ -289,24 +308,77 @@ def place(chunk, tensors, gradients):
 
 
 @triton.jit
-def decide(ints, floats, squares, found_inf):
-    """What holds for a scope, or a vector of scopes: its norm, the clipping coefficient, whether to skip.
+def judge(norm, ints, floats, used, groups):
+    """`reference.judge` for a scope, or a vector of scopes, by its rows."""
+    norms = used + tl.load(ints + FIRST_GROUP)
+    deviation = tl.sqrt_rn(tl.load(norms + VARIANCE * groups) + tl.load(norms + VARIANCE_REST * groups))
+    mean = tl.load(norms + MEAN * groups)
+    mean_rest = tl.load(norms + MEAN_REST * groups)
+    z_thresh = tl.load(floats + Z_THRESH)
+    z = tl.div_rn((norm - mean) - mean_rest, deviation + Z_EPS)
+    spike = (tl.load(norms + SEEN * groups) >= tl.load(floats + WARMUP_STEPS)) & (z > z_thresh)
+    # without a spike z may be 0
+    above = tl.div_rn(z_thresh * z_thresh * deviation, tl.where(spike, z, 1.0))
+    limit = mean + (above + mean_rest)
+    return spike, tl.where(spike, limit, norm)
+
+
+@triton.jit
+def exact_sum(a, b):
+    """`reference.exact_sum`."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+@triton.jit
+def move_norms(norms, groups, held, warmup_steps, one_alpha, inside):
+    """Store what `reference.moved` makes of the norms at these pointers, where `inside`."""
+    seen = tl.load(norms + SEEN * groups, mask=inside, other=0.0)
+    mean = tl.load(norms + MEAN * groups, mask=inside, other=0.0)
+    mean_rest = tl.load(norms + MEAN_REST * groups, mask=inside, other=0.0)
+    variance = tl.load(norms + VARIANCE * groups, mask=inside, other=0.0)
+    variance_rest = tl.load(norms + VARIANCE_REST * groups, mask=inside, other=0.0)
+    warm = seen >= warmup_steps
+    weight = tl.where(warm, one_alpha, tl.div_rn(1.0, seen + 1))
+    above = (held - mean) - mean_rest
+    mean, mean_rest = exact_sum(mean, mean_rest + weight * above)
+    left = (held - mean) - mean_rest
+    change = weight * ((tl.where(warm, left, above) * left - variance) - variance_rest)
+    variance, variance_rest = exact_sum(variance, variance_rest + change)
+    tl.store(norms + SEEN * groups, seen + 1, mask=inside)
+    tl.store(norms + MEAN * groups, mean, mask=inside)
+    tl.store(norms + MEAN_REST * groups, mean_rest, mask=inside)
+    tl.store(norms + VARIANCE * groups, variance, mask=inside)
+    tl.store(norms + VARIANCE_REST * groups, variance_rest, mask=inside)
+
+
+@triton.jit
+def decide(ints, floats, squares, found_inf, used, groups):
+    """What holds for a scope, or a vector of scopes: its norm, the clipping coefficient, the limit, what its
+    `ZClip` holds the norm to, whether to skip.
 
     `ints` and `floats` are its rows, `squares` points at its sum of squares.
     """
     normed = tl.load(ints + NORMED)
     norm = tl.sqrt_rn(tl.load(squares, mask=normed != 0, other=float("nan")))
-    limit = tl.load(floats + MAX_GRAD_NORM)
-    # a nan stays; without clipping the limit is nan
-    coef = tl.div_rn(limit, norm + CLIP_EPS)
-    coef = tl.where((coef > 1) | (limit != limit), 1.0, coef)
+    highest = tl.load(floats + MAX_GRAD_NORM)
+    # without a ZClip no norm is a spike
+    spike, held = judge(norm, ints, floats, used, groups)
+    limit = tl.where((highest < held) | (tl.load(floats + ONE_ALPHA) == 0), highest, held)
+    highest = tl.where(spike, limit, highest)
+    # a nan stays; without clipping the highest norm is nan
+    coef = tl.div_rn(highest, norm + CLIP_EPS)
+    coef = tl.where((coef > 1) | (highest != highest), 1.0, coef)
+    limit = tl.where(highest != highest, float("inf"), limit)
     # anything but 0, nan included; read as often as there are scopes, as the interpreter cannot spread a flag
     found = tl.load(found_inf + normed * 0) != 0
     skips = tl.load(ints + SKIP_NONFINITE) != 0
     bad = ~(tl.abs(norm) < float("inf"))
     by_own_norm = tl.load(ints + BY_OWN_NORM) != 0
     skip = (by_own_norm & bad & (skips | found)) | (~by_own_norm & (found | (skips & bad)))
-    return norm, coef, skip
+    skip = skip | (spike & (tl.load(ints + SKIP_SPIKES) != 0))
+    return norm, coef, limit, held, skip
 
 
 @triton.jit
@@ -437,7 +509,7 @@ def step_kernel(
     floats,  # fp32: (groups, GROUP_FLOATS), (scopes, SCOPE_FLOATS), (phases, PHASE_FLOATS), tables
     rates,  # fp32 (groups,): rates that are given as numbers
     counts,  # int64 (4, groups): k, skipped, skips_in_row, stale
-    used,  # fp32 (3, groups): lr, grad_norm, coef
+    used,  # fp32 (11, groups): columns.USED
     squares,  # fp32 (scopes,)
     tickets,  # int32 (2,)
     generation,  # int32 (1,): of the tensors and tables
@@ -472,16 +544,26 @@ def step_kernel(
     phase_floats = scope_floats + scopes * SCOPE_FLOATS
     table = phase_floats + phases * PHASE_FLOATS
     scope = tl.load(chunk + SCOPE)
-    norm, coef, skip = decide(
-        scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
+    norm, coef, limit, held, skip = decide(
+        scope_ints + scope * SCOPE_INTS,
+        scope_floats + scope * SCOPE_FLOATS,
+        squares + scope,
+        found_inf,
+        used,
+        groups,
     )
     k = tl.load(counts + group)
     lr = lr_at(group_ints, group_floats, rates + group, phase_ints, phase_floats, table, k)
     steps = tl.load(active + scope) != 0
     if (tl.load(chunk + FIRST_OF_GROUP) != 0) & steps:
-        tl.store(used + group, lr)
-        tl.store(used + groups + group, norm)
-        tl.store(used + 2 * groups + group, coef)
+        own = used + group
+        tl.store(own + USED_LR * groups, lr)
+        tl.store(own + USED_NORM * groups, norm)
+        tl.store(own + USED_COEF * groups, coef)
+        tl.store(own + USED_LIMIT * groups, limit)
+        # for the last program, which counts
+        tl.store(own + HELD * groups, held)
+        tl.store(own + SKIP * groups, tl.where(skip, 1.0, 0.0))
     row, gradient, begin, left = place(chunk, tensors, gradients)
     if (left > 0) & steps & (~skip):
         s = scalars(row, group_floats, lr, tl.div_rn(1.0, tl.load(grad_scale)) * coef)
@@ -513,34 +595,44 @@ def step_kernel(
         count_step(
             gradients,
             active,
-            found_inf,
             tensors,
             ints,
             scope_ints,
             scope_floats,
             counts,
-            squares,
+            used,
             groups,
+            scopes,
             count,
         )
 
 
 @triton.jit
 def count_step(
-    gradients, active, found_inf, tensors, ints, scope_ints, scope_floats, counts, squares, groups, count
+    gradients,
+    active,
+    tensors,
+    ints,
+    scope_ints,
+    scope_floats,
+    counts,
+    used,
+    groups,
+    scopes,
+    count,
 ):
-    """Move the counters of the groups that made the step and of the tensors that were updated."""
+    """Move the counters of the groups that made the step and of the tensors that were updated, and the norms
+    of scopes with a `ZClip`.
+    """
     lanes = tl.arange(0, LANES)
     begin = 0
     while begin < groups:
         inside = begin + lanes < groups
         group = tl.where(inside, begin + lanes, 0)
         scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
-        _, _, skip = decide(
-            scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
-        )
         inside = inside & (tl.load(active + scope) != 0)
-        skipped = skip.to(tl.int64)
+        # of a scope that does not make the step it was not written
+        skipped = (tl.load(used + SKIP * groups + group, mask=inside, other=0.0) != 0).to(tl.int64)
         # lanes outside point at the counters of group 0, which its own lane writes: they must not read them
         ks = counts + group
         k = tl.load(ks, mask=inside, other=0)
@@ -555,14 +647,28 @@ def count_step(
         inside = begin + lanes < count
         tensor = tl.where(inside, begin + lanes, 0)
         row = tensors + tensor * TENSOR_COLUMNS
-        scope = tl.load(ints + tl.load(row + GROUP_OF) * GROUP_INTS + SCOPE_OF)
-        _, _, skip = decide(
-            scope_ints + scope * SCOPE_INTS, scope_floats + scope * SCOPE_FLOATS, squares + scope, found_inf
-        )
+        group = tl.load(row + GROUP_OF)
+        scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
         ts = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
-        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0) & ~skip
+        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0)
+        inside = inside & (tl.load(used + SKIP * groups + group, mask=inside, other=0.0) == 0)
         tl.store(ts, tl.load(ts, mask=inside, other=0.0) + 1.0, mask=inside)
         begin += LANES
+    lanes = tl.arange(0, SCOPE_LANES)
+    begin = 0
+    while begin < scopes:
+        inside = begin + lanes < scopes
+        scope = tl.where(inside, begin + lanes, 0)
+        floats = scope_floats + scope * SCOPE_FLOATS
+        one_alpha = tl.load(floats + ONE_ALPHA)
+        inside = inside & (tl.load(active + scope) != 0) & (one_alpha > 0)
+        own = used + tl.load(scope_ints + scope * SCOPE_INTS + FIRST_GROUP)
+        norm = tl.load(own + USED_NORM * groups, mask=inside, other=float("nan"))
+        skipped = tl.load(own + SKIP * groups, mask=inside, other=1.0) != 0
+        held = tl.load(own + HELD * groups, mask=inside, other=0.0)
+        inside = inside & ~skipped & (tl.abs(norm) < float("inf"))
+        move_norms(own, groups, held, tl.load(floats + WARMUP_STEPS), one_alpha, inside)
+        begin += SCOPE_LANES
 
 
 def options(target: GPUTarget, amsgrad: bool, master: bool) -> dict[str, int | bool]:
