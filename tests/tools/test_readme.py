@@ -25,7 +25,13 @@ if not README.exists():
 TEXT = README.read_text()
 EXAMPLES = ROOT / "examples"
 # packages that a block may need, by what it imports
-OPTIONAL = {"fusedlr.hf": "transformers", "accelerate": "accelerate", "trl": "trl", "lightning": "lightning"}
+OPTIONAL = {
+    "fusedlr.hf": "transformers",
+    "accelerate": "accelerate",
+    "trl": "trl",
+    "lightning": "lightning",
+    "peft": "peft",
+}
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # a block of code that needs more than it shows says so in its first line
 NEEDS_GPU = "# needs a GPU"
