@@ -52,6 +52,29 @@ def equals_one_process() -> None:
         assert not isinstance(ours.state[p]["step"], DTensor)
 
 
+def a_zclip_sees_the_same_norms_on_every_process() -> None:
+    zclip = fusedlr.ZClip(warmup_steps=3, z_thresh=1.0, alpha=0.5)
+    whole, sharded = model(), model()
+    for layer in (*sharded, sharded):  # type: ignore[has-type]
+        fully_shard(layer)
+    alone, ours = (fusedlr.FusedAdamW(x.parameters(), lr=0.01, max_grad_norm=zclip) for x in (whole, sharded))
+    spikes = 0
+    for k in range(8):
+        backward(whole, k), backward(sharded, k)
+        if k in (4, 6):
+            for p in (*whole.parameters(), *sharded.parameters()):
+                p.grad.mul_(20)  # type: ignore[union-attr]
+        alone.step(), ours.step()
+        alone.zero_grad(), ours.zero_grad()
+        spikes += int(ours.metrics()["coef"] < 1)
+        torch.testing.assert_close(ours.metrics()["limit"], alone.metrics()["limit"], rtol=1e-5, atol=0)
+    assert spikes >= 2
+    norms = ours._counts.counters.norms
+    everywhere = [torch.empty_like(norms) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(everywhere, norms.contiguous())
+    assert norms[0, 0] == 8 and all(torch.equal(other, norms) for other in everywhere)
+
+
 def a_step_like_the_last_makes_nothing() -> None:
     sharded = model()
     fully_shard(sharded)
@@ -189,6 +212,7 @@ def parts_kept_by_hand() -> None:
 
 def work(rank: int, processes: int, arguments: list[str]) -> None:
     equals_one_process()
+    a_zclip_sees_the_same_norms_on_every_process()
     a_step_like_the_last_makes_nothing()
     options_that_are_taken_anew_bring_nothing_from_the_host()
     a_failure_on_one_process_is_one_on_all(rank)
