@@ -676,7 +676,8 @@ def options(target: GPUTarget, amsgrad: bool, master: bool) -> dict[str, int | b
     chosen: dict[str, int | bool] = {"num_stages": 1, "enable_fp_fusion": False}
     chosen["num_warps"] = THREADS // target.warp_size
     if target.backend == "cuda":
-        # ptxas stops at 80 registers by itself and spills 8 bytes for it on sm_80, or 12 with amsgrad, and at
-        # 88 on sm_100. As many programs fit at 96 as at 88, and all is held
-        chosen["maxnreg"] = 128 if amsgrad or master else 96
+        # ptxas stops at 80 registers by itself and spills for it. As many programs fit at 96 as at 88, which
+        # holds everything but on sm_100 and later, where one program less fits
+        plain = 96 if target.arch < 100 else 104
+        chosen["maxnreg"] = 128 if amsgrad or master else plain
     return chosen
