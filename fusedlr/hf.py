@@ -48,7 +48,7 @@ class _FusedTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(cls, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """As the Trainer's, with `FusedAdamW` for torch's AdamW."""
         stock = super().get_optimizer_cls_and_kwargs(args, model)
-        replaced = _replaced(*stock)
+        replaced = _replaced(*stock, args, model)
         if not (isinstance(replaced[0], type) and issubclass(replaced[0], FusedAdamW)):
             raise ValueError(
                 f"optim={getattr(args.optim, 'value', args.optim)!r} is not torch's AdamW, which fusedlr "
@@ -83,10 +83,12 @@ class FusedLRTrainerMixin(_Base):
     scheduler and norm stands: only transformers' own methods, which it may call, are replaced. An optimizer
     passed to the Trainer is used as it is; a `FusedAdamW` without a schedule gets the one of the arguments.
     If the optimizer is not `FusedAdamW` in the end, a warning at the beginning of the training says so.
+    Where parameters that are trained are bf16 it has `master_weights=True`, and a warning says so once;
+    `TrainingArguments(optim_args="master_weights=false")` turns that off, and `=true` on for fp16 ones.
     With FSDP 1 and DeepSpeed the Trainer clips; with FSDP 2 the step does, as on one device.
 
     Raises:
-        ValueError: `optim` is not one of torch's AdamW.
+        ValueError: `optim` is not one of torch's AdamW, or `optim_args` says neither true nor false.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -247,9 +249,36 @@ def patch_transformers() -> Patch:
     return _patch
 
 
-def _replaced(cls: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _replaced(cls: Any, kwargs: dict[str, Any], args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
     # a subclass has a step of its own, which stands
-    return (FusedAdamW if cls is torch.optim.AdamW else cls), kwargs
+    if cls is not torch.optim.AdamW:
+        return cls, kwargs
+    return FusedAdamW, {**kwargs, "master_weights": True} if _master_weights(args, model) else kwargs
+
+
+def _master_weights(args: Any, model: Any) -> bool:
+    """What `optim_args` says, else whether the model trains bf16 parameters; None is no reason to."""
+    options = (option.partition("=") for option in (args.optim_args or "").replace(" ", "").split(","))
+    asked = {name: value for name, _, value in options}.get("master_weights")
+    if asked is not None:
+        if asked.lower() not in ("true", "false"):
+            raise ValueError(f"optim_args={args.optim_args!r}: master_weights is neither true nor false")
+        return asked.lower() == "true"
+    found = model is not None and any(
+        p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
+    )
+    if found:
+        _say_master_weights()
+    return found
+
+
+@functools.cache
+def _say_master_weights() -> None:
+    warn(
+        "bf16 parameters are trained: FusedAdamW keeps the rest of their fp32 values in its state, 2 bytes "
+        "per parameter (master_weights=True), so that no update is lost. "
+        'TrainingArguments(optim_args="master_weights=false") turns it off'
+    )
 
 
 # per optimizer the schedule that a Trainer has started last
@@ -336,7 +365,7 @@ def _is_unscaled(scaler: Any, fused: FusedAdamW) -> bool:
 
 
 def _get_optimizer_cls_and_kwargs(trainer: Any, stock: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
-    replaced = _replaced(*stock(*args, **kwargs))
+    replaced = _replaced(*stock(*args, **kwargs), *args, **kwargs)
     if _patch is not None and replaced[0] is FusedAdamW:
         _patch.used = True
     return replaced
