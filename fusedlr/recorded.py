@@ -1,7 +1,7 @@
 """`Recording`: what the steps of a run used and did, as arrays of numpy, and as a file.
 
-`optimizer.record()` makes one, and `fusedlr report` reads it. Needs numpy, which torch does not install, and
-no torch: a recording can be looked at where nothing is trained.
+A training loop makes one (docs/watching.md), and `fusedlr report` reads it. Needs numpy, which torch does not
+install, and no torch: a recording can be looked at where nothing is trained.
 """
 
 from __future__ import annotations

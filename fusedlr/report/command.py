@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="what optimizer.record().save(FILE) wrote; one or two",
+        help="what Recording.save wrote; one or two",
     )
     add(
         "--out",
