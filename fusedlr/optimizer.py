@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fusedlr import arguments, backends, checkpoint, hooks, live, scope_state
+from fusedlr.columns import STATE
 from fusedlr.counts import Counts
 from fusedlr.eager import eager
 from fusedlr.groups import (
@@ -34,9 +35,10 @@ from fusedlr.guard import ZClip
 from fusedlr.guard import max_grad_norm as checked_limit
 from fusedlr.kept import Kept
 from fusedlr.planner import NO_SIGNALS, Planner, choose_backend
-from fusedlr.reference import Signals, fp32_value
+from fusedlr.reference import Signals, fp32_value, local
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
+from fusedlr.sharded import spread_like
 from fusedlr.step import device_of
 
 
@@ -298,7 +300,8 @@ class FusedAdamW(Optimizer):
         With `master_weights`, of bf16 and fp16 parameters the fp32 values that steps compute with.
 
         Returns:
-            An iterator over new tensors of the parameters' shapes, fp32, or fp64 for fp64 parameters.
+            An iterator over new tensors of the parameters' shapes, fp32, or fp64 for fp64 parameters; of
+            DTensors they are DTensors.
 
         >>> import fusedlr
         >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
@@ -310,7 +313,9 @@ class FusedAdamW(Optimizer):
         """
         for group in self.param_groups:
             for p in group["params"]:
-                yield fp32_value(p, self.state.get(p) or {}).clone()
+                # a DTensor does not take the bits of its parts for numbers of another dtype
+                parts = {name: local(x) for name, x in (self.state.get(p) or {}).items() if name in STATE}
+                yield spread_like(fp32_value(local(p), parts).clone(), p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its schedule starts at step 0, or with `"join": True` where the run is now.

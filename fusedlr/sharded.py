@@ -147,6 +147,18 @@ def whole_to_part(x: Tensor, p: Tensor) -> Tensor:
     return distribute_tensor(x, spread.device_mesh, spread.placements, src_data_rank=None)
 
 
+def spread_like(part: Tensor, p: Tensor) -> Tensor:
+    """The tensor of which this process has `part`, spread as a parameter is; `part` where that is whole."""
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = p
+    return DTensor.from_local(
+        part, spread.device_mesh, spread.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
+
+
 class ReducingStepper:
     """A backend's stepper with one all-reduce between its norm and its update.
 

@@ -1,0 +1,97 @@
+"""For test_master_weights.py: bf16 parameters in shards with the rest of their fp32 values, through DCP.
+
+Arguments: a folder; then the first and last step of a part of the run, or none for the run in one process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import fusedlr
+from sharded.processes import main
+
+STEPS = 8
+
+
+def build(*, sharded: bool) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    # 7 and 3 rows: parts of different sizes
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)).bfloat16()
+    if sharded:
+        fully_shard(model)
+    schedule = fusedlr.cosine(warmup_steps=2, total_steps=2 * STEPS)
+    # most updates are smaller than half the last bit of their parameter
+    options: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1, "amsgrad": True, "master_weights": True}
+    return model, fusedlr.FusedAdamW(model.parameters(), schedule=schedule, **options)
+
+
+def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    """Steps on gradients that are the same however they are spread, as those of a model are only nearly."""
+    for k in range(first, last):
+        torch.manual_seed(k)
+        for p in model.parameters():
+            grad = torch.randn(p.shape).bfloat16()
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        optimizer.step()
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def values(model: nn.Module, optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters, and their fp32 values."""
+    return [whole(p) for p in model.parameters()], [whole(x) for x in optimizer.master_parameters()]
+
+
+def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    weights, kept = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": kept, "scheduler": optimizer.scheduler.state_dict()}
+
+
+def a_part_of_a_run(folder: Path, first: int, last: int) -> None:
+    model, optimizer = build(sharded=True)
+    if first:
+        saved = state_of(model, optimizer)
+        dcp.load(saved, checkpoint_id=folder / str(first))
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        optimizer.scheduler.load_state_dict(saved["scheduler"])
+    train(model, optimizer, first, last)
+    for p in model.parameters():
+        rest = optimizer.state[p]["param_remainder"]
+        assert isinstance(rest, DTensor) and rest.dtype == torch.int16
+        assert rest.placements == p.placements  # type: ignore[attr-defined]
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder / str(last))
+    if last == STEPS:
+        expected = torch.load(folder / "whole")
+        for mine, theirs in zip(values(model, optimizer), expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+
+
+def alone(folder: Path) -> None:
+    model, optimizer = build(sharded=False)
+    train(model, optimizer, 0, STEPS)
+    params, exact = values(model, optimizer)
+    # or the rest would not have been needed
+    assert any(not torch.equal(p.float(), x) for p, x in zip(params, exact, strict=True))
+    torch.save((params, exact), folder / "whole")
+
+
+def work(rank: int, processes: int, arguments: list[str]) -> None:
+    folder, *steps = arguments
+    if steps:
+        a_part_of_a_run(Path(folder), *map(int, steps))
+    else:
+        alone(Path(folder))
+
+
+if __name__ == "__main__":
+    main(work)
