@@ -217,7 +217,7 @@ def rates_given(optimizer: fusedlr.FusedAdamW) -> bool:
 
 def is_allocated(optimizer: fusedlr.FusedAdamW) -> bool:
     """Whether the next step would make no tensor that stays."""
-    kept = optimizer._planner._updates, optimizer._settings["state_dtype"]
+    kept = optimizer._planner._updates, optimizer._settings["kept"]
     return step_module.is_allocated(optimizer.param_groups, optimizer.state, *kept)
 
 
@@ -248,6 +248,8 @@ class StepRow:
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
     step: Tensor
+    param_remainder: Tensor | None = None
+    master_param: Tensor | None = None
 
     def of_group(self, index: int) -> Row:
         """What the backends are given."""

@@ -248,7 +248,7 @@ def test_compiling_that_takes_long_is_announced(
     kept: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "_PATIENCE", 0.01)
-    monkeypatch.setattr(kernels, "compile_", lambda *given: time.sleep(0.2) or ENTRY)
+    monkeypatch.setattr(kernels, "compile_", lambda *given, **named: time.sleep(0.2) or ENTRY)
     kernels.images(nvrtc.found()[0], "sm_90", "few")
     assert caplog.messages == [
         f"fusedlr compiles its CUDA kernels for sm_90 with NVRTC {nvrtc.found()[0]}, once: they are kept in "

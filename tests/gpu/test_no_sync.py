@@ -17,6 +17,7 @@ import fusedlr
 from fusedlr import backends, reference
 from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
+from fusedlr.kept import MOMENTS
 
 # bench is run from the checkout; where only the tests are, there is no bench to test
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def meta_step(
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    names = list(STATE) if amsgrad else [name for name, option in STATE.items() if option is None]
+    names = MOMENTS if amsgrad else [name for name in MOMENTS if STATE[name].option is None]
     rows = []
     for _ in range(2):
         p = torch.nn.Parameter(tensor(4, 3))

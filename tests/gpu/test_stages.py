@@ -19,6 +19,7 @@ from fusedlr import backends
 from fusedlr.backends import compiled, order
 from fusedlr.backends.gpu.tables import Layout, Table
 from fusedlr.backends.order import CopyingStepper, StepInputs
+from fusedlr.columns import USED
 from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 from gpu.steps import SCHEDULE, all_params, both, compare, count_calls, params, train
 
@@ -88,7 +89,10 @@ def steps_equal(
     for _ in range(n):
         ours.step(Signals()), reference.step(Signals())
     assert torch.equal(counters.counts, expected.counts)
-    torch.testing.assert_close(counters.used.double(), expected.used, rtol=GPU_STEP, atol=0, equal_nan=True)
+    # but for what the blocks of a step tell the last one
+    kept = [i for i, name in enumerate(USED) if name not in ("held", "skip")]
+    used, wanted = counters.used[kept].double(), expected.used[kept]
+    torch.testing.assert_close(used, wanted, rtol=GPU_STEP, atol=0, equal_nan=True)
     for row, other in zip(rows, theirs, strict=True):
         for x, y in zip(row.written(), other.written(), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)

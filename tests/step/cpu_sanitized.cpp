@@ -60,9 +60,14 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
                         allocate(sizes[i], size_of(param)),
                         {},
                         allocate(1, sizeof(float))});
-        for (int j = 0; j < kStates; ++j)
-            if (amsgrad || j != k_max_exp_avg_sq)
-                rows.back().states[size_t(j)] = allocate(sizes[i], size_of(moments));
+        for (int j = 0; j < kStates; ++j) {
+            const bool rest =
+                (j == k_param_remainder && param == kBF16) || (j == k_master_param && param == kF16);
+            // the largest moment, and the rest of a 16-bit parameter's fp32 value, with and without
+            if (j == k_exp_avg || j == k_exp_avg_sq || (amsgrad && (j == k_max_exp_avg_sq || rest)))
+                rows.back().states[size_t(j)] =
+                    allocate(sizes[i], kStateBytes[j] ? kStateBytes[j] : size_of(moments));
+        }
         gradients.push_back(allocate(sizes[i], size_of(param)));
     }
     std::vector<int64_t> k(3), skipped(3), in_row(3);

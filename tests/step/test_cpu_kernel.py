@@ -150,7 +150,7 @@ def test_mixed_precisions_are_at_least_as_good(dtype, moments, isa):
     group = StepGroup(make_rows((*EDGES, (5, 37)), dtype, moments, False), betas=(0.5, 0.5), eps=1e-3)
     ours, _ = run("cpu", [group])
     wide = [
-        StepRow(*(None if x is None else x.double() for x in list(vars(row).values())[:-1]), row.step)
+        StepRow(*(None if x is None else x.double() for x in list(vars(row).values())[:5]), row.step)
         for row in group.rows
     ]
     exact, _ = run("reference", [replace(group, rows=wide)])
@@ -385,7 +385,7 @@ class CompiledStep:
             "state_types": [0, 0],
             "sizes": [2, 2],
             "p": addresses(p),
-            "states": [addresses(m), addresses(v), [0, 0]],
+            "states": [addresses(m), addresses(v), [0, 0], [0, 0], [0, 0]],
             "t": addresses(self.t),
             "groups": 2,
             "counts": self.counters.counts.data_ptr(),
@@ -412,8 +412,8 @@ def compiled_group(scope: int) -> Any:
 def test_lists_of_unequal_lengths_are_refused(name):
     step = CompiledStep()
     if name == "one of the states":
-        m, v, largest = step.arguments["states"]
-        changes = {"states": [m, v[:1], largest]}
+        m, v, *others = step.arguments["states"]
+        changes = {"states": [m, v[:1], *others]}
     else:
         changes = {name: step.arguments[name][:-1]}
     with pytest.raises(ValueError, match="every list must have one entry per tensor"):
