@@ -11,7 +11,7 @@ trap 'rm -rf "$away"' EXIT
 
 # a file of the package is in git, or is a module: nothing of an earlier build; no OpenMP runtime but torch's
 "$python" -m zipfile -l "$wheel" | sed -n 's/^\(fusedlr[^ ]*\) .*/\1/p' | sort >"$away/found"
-{ git ls-files fusedlr; git ls-files 'bench/*.py' csrc/schedule.h csrc/adamw.h csrc/types.h csrc/cuda/step.h csrc/cuda/step.cu | sed 's|^|fusedlr/|'; grep -E '^fusedlr/_(host|cpu|cuda)\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
+{ git ls-files fusedlr; git ls-files 'bench/*.py' csrc/schedule.h csrc/adamw.h csrc/guard.h csrc/types.h csrc/cuda/step.h csrc/cuda/step.cu | sed 's|^|fusedlr/|'; grep -E '^fusedlr/_(host|cpu|cuda)\.[^/]*\.so$|^fusedlr-[^/]*\.dist-info/' "$away/found"; } |
     sort >"$away/expected"
 diff "$away/expected" "$away/found"
 # the CUDA kernels are in it as source
