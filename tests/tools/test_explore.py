@@ -118,6 +118,13 @@ class Explorer:
     def fill(self, name: str, text: str) -> None:
         self.page.fill(f"#explore-{name}", text)
 
+    def choose(self, name: str, value: str) -> None:
+        """Select an option, and wait for the package's answer: it draws the form anew."""
+        before = self.page.evaluate("window.answers.length")
+        self.page.select_option(f"#explore-{name}", value)
+        self.page.wait_for_function("before => window.answers.length > before", arg=before)
+        self.page.wait_for_function("id => document.querySelector(id) !== null", arg=f"#explore-{name}")
+
     def text(self, part: str) -> str:
         return self.page.inner_text(f"#explore [data-part={part}]")
 
@@ -207,8 +214,9 @@ def test_what_a_new_user_asks(explorer):
 
 def test_a_link_restores_everything(explorer, site, browser):
     explorer.go("")
-    explorer.page.select_option("#explore-name", "warmup_stable_decay")
-    explorer.page.select_option("#explore-decay_type", "'1-sqrt'")
+    explorer.choose("name", "warmup_stable_decay")
+    explorer.choose("decay_type", "'1-sqrt'")
+    explorer.page.wait_for_url("**1-sqrt**")
     explorer.fill("peak", "1e-3")
     explorer.fill("updates", "5 3000")
     explorer.page.click("text=compare")
