@@ -228,13 +228,16 @@ class Counts:
 
     # what a step has made of the counters
 
-    def made(self, made: Made | None, active: Sequence[bool], shown: Sequence[bool]) -> None:
+    def made(self, made: Made | None, active: Sequence[bool], shown: Sequence[bool] | None) -> None:
         """Take what a step tells, or count one step of the active groups until a copy says more.
 
-        `shown`: per group whether it shows the rate of this step.
+        `shown`: per group whether it shows the rate of this step; None where all do.
         """
         self.k_loaded = self.own_loaded = None
-        self.shown = [k if new else old for k, old, new in zip(self.k, self.shown, shown, strict=True)]
+        if shown is None:
+            self.shown = self.k
+        else:
+            self.shown = [k if new else old for k, old, new in zip(self.k, self.shown, shown, strict=True)]
         if made is not None:
             self.k = made.k
             self._warn_skips(made.skips_in_row)

@@ -6,6 +6,7 @@ group notes a change of options, the plan's stepper takes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -200,21 +201,25 @@ class Planner:
         step that its scope makes.
         """
         counts, options = self._counts, self._options
-        allowed = [signals.allow(step.scope) for step in options.groups]
-        used = allowed
+        # None, without a look at every group, where all may make the step
+        allowed = signals.allowed_groups(options.groups)
+        used: Sequence[bool] | None = allowed
         # another process may have the gradients that this one lacks
         if options.overruled and plan.layout is None and not all(scope.always for scope in options.scopes):
             active = active_scopes(plan.rows, options.groups, options.scopes, signals)
             used = [active[step.scope] for step in options.groups]
         for i, step in enumerate(options.groups):
-            if step.schedule is not None and allowed[i]:
+            if step.schedule is not None and (allowed is None or allowed[i]):
                 rate = made.lr[i] if made is not None else step.schedule.lr_at(counts.k[i], step.peak)
                 plan.groups[i].show(rate)
         for i in options.overruled:
-            if used[i]:
+            if used is None or used[i]:
                 plan.groups[i].shown_lr = None
                 self._warn_once("assigned", warn_assigned, i, plan.groups[i], counts.k[i])
-        self._notes.clear(kept={id(g) for g, one in zip(plan.groups, used, strict=True) if not one})
+        if used is None:
+            self._notes.clear()
+        else:
+            self._notes.clear(kept={id(g) for g, one in zip(plan.groups, used, strict=True) if not one})
         counts.made(made, () if made is not None else plan.stepper.active(), allowed)
 
 
