@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fusedlr.backends.gpu.nvrtc import Compiled
+from fusedlr.files import replacing
 
 # all that is kept, in bytes: kernels for one GPU take 2 MB, so tens of versions and GPUs fit
 LIMIT = 64 * 2**20
@@ -99,18 +99,12 @@ class Cache:
             return False
         names = json.dumps(compiled.names).encode()
         checksum = hashlib.sha256(names + b"\n" + compiled.image).hexdigest().encode()
-        temporary = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file, temporary = tempfile.mkstemp(dir=self.folder)
-            with os.fdopen(file, "wb") as entry:
+            with replacing(self._path(key)) as entry:
                 entry.write(b"\n".join([checksum, names, compiled.image]))
-            os.replace(temporary, self._path(key))
         except OSError:
             # the disk may be full or read-only
-            if temporary is not None:
-                with suppress(OSError):
-                    os.unlink(temporary)
             return False
         self._trim()
         return True
