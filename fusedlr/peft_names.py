@@ -8,11 +8,12 @@ B = ("lora_B", "lora_embedding_B")
 WHOLE = "modules_to_save"
 # adapters of embeddings, rows of embeddings, and DoRA's magnitudes
 NO_DECAY = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta", "lora_magnitude_vector")
+_ROLES = {*A, *B, *NO_DECAY, WHOLE}
 
 
 def role(name: str) -> str | None:
     """The part of a parameter's name by which PEFT stores it; the adapter's own name comes after it."""
-    return next((part for part in name.split(".") if part in (*A, *B, *NO_DECAY, WHOLE)), None)
+    return next((part for part in name.split(".") if part in _ROLES), None)
 
 
 def kind(name: str) -> str:
@@ -54,5 +55,4 @@ def without_adapter(name: str, adapter: str) -> str:
 
 
 def _place_of_adapter(parts: list[str]) -> int | None:
-    roles = *A, *B, *NO_DECAY, WHOLE
-    return next((i + 1 for i, part in enumerate(parts[:-1]) if part in roles), None)
+    return next((i + 1 for i, part in enumerate(parts[:-1]) if part in _ROLES), None)
