@@ -30,21 +30,29 @@ if TYPE_CHECKING:
     from fusedlr import lora as lora
     from fusedlr.backends import FallbackWarning as FallbackWarning
     from fusedlr.optimizer import FusedAdamW as FusedAdamW
+    from fusedlr.record import Record as Record
+    from fusedlr.recorded import Recording as Recording
 
 __version__ = "0.1.0"
 
 # name -> module that defines it; "" for a submodule
-_NEED_TORCH = {"FallbackWarning": "backends", "FusedAdamW": "optimizer", "lora": ""}
+_LATE = {
+    "FallbackWarning": "backends",
+    "FusedAdamW": "optimizer",
+    "Record": "record",
+    "Recording": "recorded",
+    "lora": "",
+}
 
 __all__ = sorted(
-    [*_NEED_TORCH, *_CONSTRUCTORS, "Phase", "Schedule", "ZClip", "from_hf", "from_torch", "total_steps"]
+    [*_LATE, *_CONSTRUCTORS, "Phase", "Schedule", "ZClip", "from_hf", "from_torch", "total_steps"]
 )
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _NEED_TORCH[name]
+    module = _LATE[name]
     value = (
         getattr(import_module(f"{__name__}.{module}"), name)
         if module
@@ -55,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEED_TORCH})
+    return sorted({*globals(), *_LATE})

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fusedlr import arguments
+from fusedlr import arguments, recorder
 from fusedlr.columns import NORMS, STATE
 from fusedlr.groups import (
     OWN_KEYS,
@@ -71,6 +71,8 @@ class Loaded:
     skipped: list[int] | None = None
     # per group the rows `NORMS`
     norms: list[list[float]] | None = None
+    # what `recorder.saved` returned
+    record: dict[str, Any] | None = None
     # what the file says under `OWN_KEY` of every group
     own: Groups = field(default_factory=list)
     entries: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
@@ -164,6 +166,7 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
         k=[_continued(o, t) for o, t in zip(own, latest, strict=True)],
         skipped=[o.get("skipped", 0) for o in own],
         norms=[o.get("norms", [0.0] * len(NORMS)) for o in own],
+        record=_record_of(state_dict, groups),
         own=own,
         entries=entries,
         others={key: _copied(f"entry {key!r} of the loaded state", entry) for key, entry in others.items()},
@@ -380,6 +383,15 @@ def _own_of(state_dict: Any, groups: Groups, other_own: Any) -> list[dict[str, A
     """What a file says of its groups, or else a scheduler's state, or else the groups of a file of old."""
     of_groups = _own_of_groups(groups)
     return read_own(state_dict.get(OWN_KEY), groups) or read_own(other_own, groups) or of_groups
+
+
+def _record_of(state_dict: Any, groups: Groups) -> dict[str, Any] | None:
+    """What a file has of recorded steps."""
+    own = state_dict.get(OWN_KEY)
+    saved = own.get("record") if isinstance(own, Mapping) else None
+    if saved is None:
+        return None
+    return recorder.checked(saved, len(groups), sum(len(group["params"]) for group in groups))
 
 
 def _own_of_groups(groups: Groups) -> list[dict[str, Any]]:

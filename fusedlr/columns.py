@@ -26,6 +26,13 @@ STATE = {
 }
 _BYTES = {None: 0, "int16": 2, "float32": 4}
 
+# The rows of integers per group: updates made; steps skipped, and those since the last update; replays of a
+# captured step that found other tensors and did nothing; of the latest step that was skipped for a gradient
+# of the group that is not finite, the place of the first such tensor in the group, plus 1, and the number of
+# that step, made and skipped ones counted from 0; and 2**31 less the place of such a tensor that a GPU step
+# has found so far.
+COUNTS = ("k", "skipped", "skips_in_row", "stale", "nonfinite", "nonfinite_step", "found")
+
 # The rows of floats per group: what the last step used; what the blocks of a step on a GPU tell the last one,
 # which counts it (what a `ZClip` holds the norm to, and whether the step is skipped); and the norms so far of
 # a scope that has a `ZClip`, in the column of its first group: how many, and their mean and variance, each
@@ -34,6 +41,11 @@ METRICS = ("lr", "grad_norm", "coef", "limit")
 NORMS = ("seen", "mean", "mean_rest", "variance", "variance_rest")
 USED = (*METRICS, "held", "skip", *NORMS)
 
+# What is recorded of a step: per group, and per tensor the sums of squares of its unscaled gradient, of its
+# change as stored, and of what it was before.
+RECORDED = (*METRICS, "skip")
+SUMS = ("grad", "change", "before")
+
 # Elements per chunk of a tensor, which is the work of one program on a GPU. Its own part of the traffic, 112
 # KiB in fp32, is some 30 times what it reads to get there, and tensors of a few thousand elements still
 # spread over all processors.
@@ -41,8 +53,9 @@ CHUNK = 4096
 
 # The tables of a step on a GPU are matrices in row-major order, as the values of a row are used together.
 
-# int64 per tensor: addresses, number of elements, index of its group
-TENSORS = ("param", *STATE, "step", "numel", "group")
+# int64 per tensor: addresses, number of elements, index of its group, its place in the group, its column in
+# what is recorded, the slot of its first chunk
+TENSORS = ("param", *STATE, "step", "numel", "group", "place", "column", "slot")
 # int32 per chunk: its tensor (-1: none), which chunk of the tensor it is, its slot in the partial sums (which
 # are in the order of scopes, groups and tensors), its group, the group's scope (so that a program reads the
 # rows of both at once), whether it is the group's first
@@ -81,6 +94,10 @@ SCOPE_INTS = (
 SCOPE_FLOATS = ("max_grad_norm", "warmup_steps", "z_thresh", "one_alpha")
 # int64 per phase; `whole` is restarts, whole half waves, or the position in the table
 PHASE_INTS = ("begin", "end", "origin", "shape", "whole")
+# int64 that say where steps are recorded: addresses of the tensors of a `record.Ring`, and of the sums of
+# squares of every chunk, of shape (3, chunks); how many steps the ring keeps, and of how many tensors; how
+# many chunks the largest tensor has
+RING = ("steps", "ints", "used", "sums", "chunk_sums", "last", "columns", "most_chunks")
 # fp32 per phase; the parts of `param` add up to the power, the time scale or the rest of a half wave
 PHASE_FLOATS = ("from_", "to", "param_hi", "param_lo")
 
@@ -93,12 +110,13 @@ _STRUCTS = {
     "ScopeInts": ("int64_t", SCOPE_INTS),
     "ScopeFloats": ("float", SCOPE_FLOATS),
     "PhaseInts": ("int64_t", PHASE_INTS),
+    "RingInts": ("int64_t", RING),
     "PhaseFloats": ("float", PHASE_FLOATS),
 }
 
 
 def header() -> str:
-    """The same names in C++: an index for every tensor of the state, a struct for the rows of every table."""
+    """The same names in C++: an index for every row and tensor of the state, a struct per table."""
     sizes = ", ".join(str(_BYTES[kept.dtype]) for kept in STATE.values())
     lines = [
         "// Generated from fusedlr/columns.py.",
@@ -108,7 +126,11 @@ def header() -> str:
         f"enum State : int {{ {', '.join(f'k_{name}' for name in STATE)}, kStates }};",
         "// bytes of an element, 0 for those of the moments' type",
         f"constexpr int kStateBytes[kStates] = {{{sizes}}};",
+        f"enum Count : int {{ {', '.join(f'k_{name}' for name in COUNTS)}, kCounts }};",
         f"enum Used : int {{ {', '.join(f'k_{name}' for name in USED)}, kUsed }};",
+        # the others that are recorded are the first that are used
+        f"enum Recorded : int {{ k_recorded_skip = {RECORDED.index('skip')}, kRecorded }};",
+        f"enum Sum : int {{ {', '.join(f'k_{name}' for name in SUMS)}, kSums }};",
         f"constexpr int64_t kChunkElements = {CHUNK};",
     ]
     for struct, (type_, names) in _STRUCTS.items():

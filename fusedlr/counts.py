@@ -16,15 +16,28 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedlr import arguments
-from fusedlr.columns import METRICS, NORMS, USED
-from fusedlr.groups import Notes, ParamGroup, ScopeKey, check_rates, has_schedule, scope_keys, scopes_of
+from fusedlr import arguments, recorder
+from fusedlr.columns import COUNTS, METRICS, NORMS, USED
+from fusedlr.groups import (
+    Notes,
+    ParamGroup,
+    ScopeKey,
+    check_rates,
+    has_schedule,
+    name_of,
+    scope_keys,
+    scopes_of,
+)
+from fusedlr.record import Record, Ring
 from fusedlr.reference import Counters, Made, capturing, is_fake, scalar_dtype, split_norms
 from fusedlr.schedule import Schedule, check_schedule
+from fusedlr.sharded import Layout
 from fusedlr.warn import warn
 
 # dynamic loss scaling may skip a few steps while it finds its scale; ten in a row mean something is broken
 _SKIPS_TO_WARN = 10
+# rows of the counts that the host looks at: all but that of a step under way
+_PACKED = COUNTS.index("found")
 
 
 @dataclass
@@ -62,6 +75,7 @@ class Counts:
         skipped: list[int] | None = None,
         *,
         joint: bool,
+        record: Record | None = None,
     ) -> None:
         self._notes, self._defaults, self.joint = notes, defaults, joint
         self.groups = list(groups)
@@ -80,6 +94,8 @@ class Counts:
         self.k_loaded: list[int] | None = None
         self.own_loaded: Any = None
         self.counters = Counters.zeros(len(k), device)
+        if record is not None:
+            self.counters.ring = Ring.empty(record, len(k), device, self.counters.used.dtype)
         if skipped:
             self.place_skipped(skipped)
         self.place(k)
@@ -167,19 +183,19 @@ class Counts:
         for i, group in enumerate(groups):
             if not self._is_ours(group):
                 groups[i] = self._wrapped(group, origins[i])
-        self._replace(Counters.zeros(len(groups), old.counts.device))
+        self._replace(Counters.zeros(len(groups), old.counts.device), origins)
         if old.used.dtype == torch.float32:
             self.counters.use_fp32()
         shown = []
         for i, (group, origin) in enumerate(zip(groups, origins, strict=True)):
             shown.append(0)
             if origin is not None:
-                self.counters.counts[:3, i] = old.counts[:3, origin]
+                self.counters.counts[:, i] = old.counts[:, origin]
                 self.counters.used[:, i] = old.used[:, origin]
                 self.counters.norms[:, i] = norms[:, origin]
                 shown[i] = self.shown[origin]
             elif group.counts is not None:
-                self.counters.counts[:3, i] = group.counts[:3].to(self.counters.counts.device)
+                self.counters.counts[:, i] = group.counts.to(self.counters.counts.device)
                 shown[i] = int(group.counts[0])
                 if group.norms is not None:
                     self.counters.norms[:, i] = group.norms.to(self.counters.counts.device)
@@ -192,6 +208,7 @@ class Counts:
             for p in group["params"]:
                 self._gone.pop(p, None)
         if old.stale.numel() and groups:
+            self.counters.stale.zero_()
             self.counters.stale[0] = old.stale.max()
         self.groups = list(groups)
         self.shown = shown
@@ -205,7 +222,7 @@ class Counts:
         if device != self.counters.k.device:
             self.sync()
             old = self.counters
-            self._replace(Counters.zeros(len(self.k), device))
+            self._replace(Counters.zeros(len(self.k), device), range(len(self.k)))
             self.counters.counts.copy_(old.counts)
             self.counters.norms.copy_(old.norms)
             self.sync()
@@ -213,13 +230,26 @@ class Counts:
             self.counters.use_fp32()
             self._notes.changed = True
 
-    def _replace(self, counters: Counters) -> None:
-        """Count in these from now on; a plan has the addresses of the old ones."""
+    def _replace(self, counters: Counters, origins: Sequence[int | None]) -> None:
+        """Count in these from now on; a plan has the addresses of the old ones.
+
+        `origins`: per group which it was among the counted ones, if any.
+        """
         if counters.counts.device == self.counters.counts.device:
             counters.math = self.counters.math
         counters.graphs = self.counters.graphs
+        if self.counters.ring is not None:
+            counters.ring = self.counters.ring.of_groups(origins, counters.k.device, counters.used.dtype)
         self.counters = counters
         self._notes.changed = True
+
+    def record_of(self, params: Iterable[Tensor]) -> dict[int, int]:
+        """Record these parameters from now on, if steps are recorded; the id of each -> its column."""
+        ring = self.counters.ring
+        if ring is None:
+            return {}
+        self.counters.ring = ring = ring.of_params(tuple(params))
+        return {id(p): column for column, p in enumerate(ring.params)}
 
     def scopes(self) -> dict[ScopeKey, int]:
         """What the scopes of the counted groups are called -> the index of the scope's first group."""
@@ -267,7 +297,7 @@ class Counts:
             return
         if device.type == "cpu":
             # every step does this, so metrics are left until they are asked for
-            self.k, _, in_row, _ = self.counters.counts.tolist()
+            self.k, _, in_row, *_ = self.counters.counts.tolist()
             self._warn_skips(in_row)
             return
         if capturing(device):
@@ -292,7 +322,7 @@ class Counts:
             # there is nothing to read, so what the host has counted stands
             k, nans = [*self.k, *zeros][: len(zeros)], [math.nan] * len(zeros)
             infs = [math.inf] * len(zeros)
-            rows: list[list[Any]] = [k, zeros, zeros, zeros, nans, nans, [1.0] * len(zeros), infs]
+            rows: list[list[Any]] = [k, *[zeros] * (_PACKED - 1), nans, nans, [1.0] * len(zeros), infs]
         else:
             rows = _pack(self.counters).tolist()
         self._advances, self._in_flight = zeros, None
@@ -364,6 +394,21 @@ class Counts:
         ):
             self.counters.norms[:, i] = column
 
+    def place_record(self, saved: dict[str, Any] | None, layout: Layout | None) -> None:
+        """Go on recording where a file was; without one, begin anew at the step that it has come to."""
+        ring = self.counters.ring
+        if ring is not None and not is_fake(ring.steps):
+            params = [p for group in self.groups for p in group["params"]]
+            self.counters.ring = recorder.restore(ring, saved, params, layout)
+            if saved is None:
+                ring.steps.fill_(max(map(sum, zip(self.k, self.read_skipped(), strict=True)), default=0))
+
+    def read_record(self, layout: Layout | None) -> dict[str, Any] | None:
+        """What a file has of the recorded steps (waits for the device); None where none are."""
+        ring = self.counters.ring
+        params = [p for group in self.groups for p in group["params"]]
+        return None if ring is None else recorder.saved(ring, params, layout)
+
     def _first_of_scope(self) -> list[int]:
         """Per group the index of the first group of its scope."""
         keys = scope_keys(self.groups, joint=self.joint)
@@ -396,7 +441,9 @@ class Counts:
         c = self.counters
         for i, (k, skipped) in at.items():
             if not is_fake(c.counts):
-                c.counts[:3, i] = torch.tensor([k, skipped, 0], dtype=torch.int64, device="cpu")
+                stale = int(c.stale[i])
+                new = [k, skipped, 0, stale, *[0] * (len(COUNTS) - 4)]
+                c.counts[:, i] = torch.tensor(new, dtype=torch.int64, device="cpu")
                 fresh = [0, math.nan, 1, math.inf, *[0] * (len(USED) - len(METRICS))]
                 c.used[:, i] = torch.tensor(fresh, dtype=c.used.dtype, device="cpu")
             self.k[i] = k
@@ -443,9 +490,28 @@ class Counts:
             self.sync()
         return self._metrics
 
+    def nonfinite(self, key: ScopeKey) -> tuple[str | None, int | None]:
+        """The first tensor whose gradient was not finite in the latest step that a scope has skipped for one,
+        and that step, counted from 0 with the skipped ones, as the host knows it; None before there is one.
+
+        With shards this is what the process knows that holds the tensor.
+        """
+        if all(place < 0 for place, _ in self._nonfinite):
+            return None, None
+        keys = scope_keys(self.groups, joint=self.joint)
+        of_scope = [
+            (step, -i)
+            for i, (place, step) in enumerate(self._nonfinite)
+            if keys[i] == key and 0 <= place < len(self.groups[i]["params"])
+        ]
+        if not of_scope:
+            return None, None
+        step, i = max(of_scope)
+        return name_of(self.groups[-i], -i, self._nonfinite[-i][0]), step
+
     def _take(self, rows: list[list[Any]], advances: list[int]) -> None:
         """Take the rows of `_pack` as the host's view, and the steps counted since they were copied."""
-        k, skipped, in_row, stale, lr, norm, coef, limit = rows
+        k, skipped, in_row, stale, nonfinite, nonfinite_step, lr, norm, coef, limit = rows
         # steps counted here after the copy was started are not in it
         self.k = [int(a) + now - then for a, now, then in zip(k, self._advances, advances, strict=True)]
         self._metrics: dict[str, list[Any]] = {
@@ -456,6 +522,9 @@ class Counts:
             "skipped": [int(x) for x in skipped],
             "step": [int(x) for x in k],
         }
+        self._nonfinite = [
+            (int(place) - 1, int(step)) for place, step in zip(nonfinite, nonfinite_step, strict=True)
+        ]
         self._warn_skips(in_row)
         if max(stale, default=0) > self._stale:
             self._stale = int(max(stale))
@@ -486,8 +555,13 @@ class Counts:
             else:
                 warn(
                     f"{int(in_row[i])} optimizer steps in a row were skipped: gradients{of} are inf or nan "
-                    f"(last gradient norm {norm:g})"
+                    f"(last gradient norm {norm:g}{self._first_nonfinite(key)})"
                 )
+
+    def _first_nonfinite(self, key: ScopeKey) -> str:
+        """In words, for a warning, which tensor was the first."""
+        name, step = self.nonfinite(key)
+        return "" if name is None else f"; in step {step} the first of them was that of {name}"
 
 
 def _show(group: Any, k: int) -> None:
@@ -500,10 +574,10 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def _pack(counters: Counters) -> Tensor:
-    """All counters as one matrix (8, groups) of floats, so that one copy takes them."""
+    """All counters as one matrix (10, groups) of floats, so that one copy takes them."""
     # a backend may keep in fp32 what a step used; `k` would lose its last digits in it
     dtype = scalar_dtype(counters.k.device)
-    return torch.cat([counters.counts.to(dtype), counters.used[: len(METRICS)].to(dtype)])
+    return torch.cat([counters.counts[:_PACKED].to(dtype), counters.used[: len(METRICS)].to(dtype)])
 
 
 class UpdateCounts:

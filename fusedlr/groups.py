@@ -406,10 +406,16 @@ def _group_step(group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep
 def parameter_name(group: dict[str, Any], group_index: int, p: Tensor) -> str:
     """How an error calls a parameter: by its name if it has one, else by its place."""
     position = next(i for i, other in enumerate(group["params"]) if other is p)
+    name = name_of(group, group_index, position)
+    return f"parameter {name!r}" if group.get("param_names") else f"{name}, shape {tuple(p.shape)}"
+
+
+def name_of(group: dict[str, Any], group_index: int, position: int) -> str:
+    """What metrics and recordings call a parameter: its name, or else its place."""
     names = group.get("param_names")
     if names and position < len(names):
-        return f"parameter {names[position]!r}"
-    return f"parameter {position} of group {group_index}, shape {tuple(p.shape)}"
+        return str(names[position])
+    return f"parameter {position} of group {group_index}"
 
 
 def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: Any) -> None:

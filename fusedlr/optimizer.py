@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedlr import arguments, backends, checkpoint, hooks, live, scope_state
+from fusedlr import arguments, backends, checkpoint, hooks, live, recorder, scope_state
 from fusedlr.columns import STATE
 from fusedlr.counts import Counts
 from fusedlr.eager import eager
@@ -35,6 +35,8 @@ from fusedlr.guard import ZClip
 from fusedlr.guard import max_grad_norm as checked_limit
 from fusedlr.kept import Kept
 from fusedlr.planner import NO_SIGNALS, Planner, choose_backend
+from fusedlr.record import Record
+from fusedlr.recorded import Recording
 from fusedlr.reference import Signals, fp32_value, local
 from fusedlr.schedule import Schedule, check_schedule
 from fusedlr.scheduler import ScheduleView
@@ -82,6 +84,7 @@ class FusedAdamW(Optimizer):
         process_group: processes that hold different parts of the model in plain tensors, as pipeline stages
             do: their norms are added. Not needed for DTensors, whose meshes say over which processes to add.
             A copy or a pickle of the optimizer is without it.
+        record: a `fusedlr.Record` has every step write down what it used and did, for `record`.
         maximize: climb instead of descend.
         foreach: accepted for torch's signature; without effect, as are the next two.
         capturable: see `foreach`.
@@ -90,7 +93,7 @@ class FusedAdamW(Optimizer):
 
     Raises:
         ValueError: an argument is out of range, or parameters are duplicate.
-        TypeError: `schedule` is not a `Schedule`.
+        TypeError: `schedule` is not a `Schedule`, or `record` not a `Record`.
         RuntimeError: `backend` cannot run here.
 
     >>> import fusedlr
@@ -123,6 +126,7 @@ class FusedAdamW(Optimizer):
         master_weights: bool = False,
         backend: str = "auto",
         process_group: Any = None,
+        record: Record | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -135,6 +139,8 @@ class FusedAdamW(Optimizer):
         arguments.choice("groups", groups, ("joint", "independent"))
         arguments.choice("state_dtype", state_dtype, (None, "param"))
         check_schedule(schedule)
+        if record is not None and not isinstance(record, Record):
+            raise TypeError(f"record={arguments.shown(record)} is not a fusedlr.Record")
         self._settings: dict[str, Any] = {
             "schedule": schedule,
             "max_grad_norm": checked_limit(max_grad_norm),
@@ -144,6 +150,7 @@ class FusedAdamW(Optimizer):
             "kept": Kept(state_dtype, arguments.flag("master_weights", master_weights)),
             "backend": backends.check_name(backend),
             "process_group": process_group,
+            "record": record,
             "only": None,
         }
         self._notes = Notes()
@@ -176,9 +183,8 @@ class FusedAdamW(Optimizer):
         self._lock = threading.RLock()
         self._view: weakref.ref[ScheduleView] | None = None
         device = device_of(self.param_groups, torch.device("cpu"))
-        self._counts = Counts(
-            self.param_groups, self._notes, self.defaults, device, k, skipped, joint=self._joint
-        )
+        shared = {"joint": self._joint, "record": self._settings["record"]}
+        self._counts = Counts(self.param_groups, self._notes, self.defaults, device, k, skipped, **shared)
         if norms is not None:
             self._counts.place_norms(norms)
         self._planner = Planner(self._settings, self._notes, self._counts)
@@ -556,18 +562,54 @@ class FusedAdamW(Optimizer):
 
         Never waits: on a GPU these are the numbers as they stood at an earlier call, or at an earlier
         `scheduler.step()`; called every step they are a few steps old. On the CPU they are current. Under
-        `scopes` they have what the scopes are called.
+        `scopes` they have what the scopes are called. `nonfinite_tensor` and `nonfinite_step` name the first
+        tensor whose gradient was inf or nan in the latest step that was skipped for one, and that step,
+        counted from 0 with the skipped ones: None before there is one, lists where there are several scopes.
+        Of shards, the process that holds the tensor names it.
         """
         self._counts.refresh()
         scopes = self._counts.scopes()
-        found: dict[str, Any] = {}
+        joint, found = list(scopes) == [None], dict[str, Any]()
         for name, values in self._counts.metrics.items():
             if name in ("lr", "step"):
                 found[name] = list(values)
             else:
                 of_scopes = [values[i] for i in scopes.values()]
-                found[name] = of_scopes[0] if list(scopes) == [None] else of_scopes
+                found[name] = of_scopes[0] if joint else of_scopes
+        nonfinite = [self._counts.nonfinite(key) for key in scopes]
+        for i, name in enumerate(("nonfinite_tensor", "nonfinite_step")):
+            of_scopes = [one[i] for one in nonfinite]
+            found[name] = of_scopes[0] if joint else of_scopes
         return {**found, "scopes": tuple(scopes)}
+
+    @eager
+    def record(self) -> Recording:
+        """What the last steps used and did, `record=fusedlr.Record(...)` asked for it: arrays of numpy, with
+        the names of parameters, groups and scopes. `save` writes them for `fusedlr report`.
+
+        Copies them from the device, which waits for it. Where tensors are spread over processes, norms of
+        tensors are made of all parts: every process has to call it.
+
+        Returns:
+            A `Recording`, oldest step first; its table says what is in it.
+
+        Raises:
+            RuntimeError: the optimizer was made without `record`.
+            ImportError: numpy is missing.
+        """
+        with self._lock:
+            self._counts.adopt(self.param_groups)
+            ring = self._counts.counters.ring
+            if ring is None:
+                raise RuntimeError("nothing was recorded: build the optimizer with record=fusedlr.Record()")
+            layout = self._planner.layout(self.param_groups, self.state)
+            return recorder.read(ring, self.param_groups, layout, joint=self._joint)
+
+    def _read_record(self) -> dict[str, Any] | None:
+        """What a file has of the recorded steps; None where none are."""
+        if self._settings["record"] is None:
+            return None
+        return self._counts.read_record(self._planner.layout(self.param_groups, self.state))
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state dict; groups with a schedule also carry it in plain numbers, with their step count.
@@ -579,6 +621,9 @@ class FusedAdamW(Optimizer):
         k = counts.read(self.param_groups)
         reached = k, counts.read_skipped(), counts.read_norms()
         own = checkpoint.own_state(self.param_groups, self.state, *reached, joint=self._joint)
+        record = self._read_record()
+        if record is not None:
+            own["record"] = record
         # post-hooks are to see what is saved, so they run on the finished dict
         post_hooks, self._optimizer_state_dict_post_hooks = (
             self._optimizer_state_dict_post_hooks,
@@ -650,6 +695,8 @@ class FusedAdamW(Optimizer):
             counts.place_skipped(loaded.skipped)
         if loaded.norms is not None:
             counts.place_norms(loaded.norms)
+        if strict:
+            counts.place_record(loaded.record, self._planner.layout(self.param_groups, self.state))
 
     def scope_state_dict(self, name: ScopeKey) -> dict[str, Any]:
         """What `state_dict` has of one scope alone, in copies; reads the counters from the device.
@@ -777,13 +824,14 @@ class FusedAdamW(Optimizer):
             "_k": self._counts.read(self.param_groups),
             "_skipped": self._counts.read_skipped(),
             "_norms": self._counts.read_norms(),
+            "_record": self._read_record(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Adopt a state; called by pickle and, with groups and state alone, by loaders."""
         state = dict(state)
         k, skipped, own = state.pop("_k", None), state.pop("_skipped", None), state.pop("_own", None)
-        norms = state.pop("_norms", None)
+        norms, record = state.pop("_norms", None), state.pop("_record", None)
         super().__setstate__(state)
         self.__dict__.setdefault("_notes", Notes()).clear()
         if "_planner" in self.__dict__:
@@ -800,6 +848,7 @@ class FusedAdamW(Optimizer):
                     group[name] = default
         if k is not None:
             self._start(k, skipped, norms)
+            self._counts.place_record(record, self._planner.layout(self.param_groups, self.state))
 
     @property
     def max_grad_norm(self) -> float | ZClip | None:

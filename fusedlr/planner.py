@@ -111,7 +111,7 @@ class Planner:
         # what is not a number raises here, before any group has been updated
         options, kept = self._new_options(groups), self._settings["kept"]
         self._warn_once("gradients", warn_without_gradients, groups)
-        layout = Layout.of(candidates(groups, state), self._settings["process_group"])
+        layout = self.layout(groups, state)
         if may_only_allocate and only_allocates(groups, state, self._notes, layout):
             allocate(groups, state, options, self._updates, kept)
             self._notes.clear()
@@ -130,6 +130,10 @@ class Planner:
             raise
         self._options = options
         return self.plan
+
+    def layout(self, groups: list[Any], state: State) -> Layout | None:
+        """Over which processes the tensors of these groups are spread; None where they are all here."""
+        return Layout.of(candidates(groups, state), self._settings["process_group"])
 
     def options(self, groups: list[Any]) -> Options:
         """The options of these groups as they stand now."""

@@ -1,6 +1,6 @@
 """`Recording`: what the steps of a run used and did, as arrays of numpy, and as a file.
 
-A training loop makes one (docs/watching.md), and `fusedlr report` reads it. Needs numpy, which torch does not
+`FusedAdamW.record()` makes one, and `fusedlr report` reads it. Needs numpy, which torch does not
 install, and no torch: a recording can be looked at where nothing is trained.
 """
 
@@ -94,7 +94,7 @@ class Recording(Mapping[str, Any]):
     | `groups` | tuple of groups | a `RecordedGroup` for each param group |
     | `scopes` | tuple of scopes | `optimizer.scopes`: names, None for the joint one, or a group's index |
     | `step` | (steps,) | number of the `step()` call, skipped ones included |
-    | `k` | (steps, groups) | the group's update, from 0, that the rate was made for |
+    | `k` | (steps, groups) | the group's update, from 0, that the rate was made for; -1 if it took no part |
     | `lr` | (steps, groups) | learning rate; NaN where the group took no part |
     | `grad_norm` | (steps,) or (steps, scopes) | norm of the unscaled gradients; NaN where none was needed |
     | `coef` | the same | what clipping multiplied the gradients by |
@@ -216,12 +216,13 @@ class Recording(Mapping[str, Any]):
         return self[name].reshape(len(self["step"]), len(self["scopes"]))
 
     def planned(self) -> Any:
-        """The rate that each group's schedule gives for its `k`: (steps, groups); NaN without a schedule."""
+        """The rate that each group's schedule gives for its `k`: (steps, groups); NaN where there is none."""
         rates = _numpy().full(self["lr"].shape, math.nan)
         for column, group in enumerate(self["groups"]):
             if group.schedule is not None:
                 for row, k in enumerate(self["k"][:, column].tolist()):
-                    rates[row, column] = group.schedule.lr_at(k, group.peak)
+                    if k >= 0:
+                        rates[row, column] = group.schedule.lr_at(k, group.peak)
         return rates
 
     def save(self, path: str | os.PathLike[str]) -> None:

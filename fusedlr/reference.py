@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fusedlr.columns import METRICS, NORMS, USED
+from fusedlr.columns import COUNTS, METRICS, NORMS, USED
 from fusedlr.guard import ZClip
+from fusedlr.record import Ring
 from fusedlr.schedule import Schedule, evaluate
 
 # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
@@ -75,6 +76,8 @@ class Row:
     all_state: dict[Tensor, dict[str, Any]]  # of the optimizer: parameter -> what is kept for it
     names: tuple[str, ...]  # those of `columns.STATE` that a step of this tensor needs
     counted: bool = True  # whether this process's part is in the norm: of replicas one is
+    place: int = 0  # of the parameter among those of its group
+    column: int = 0  # of the parameter in a `Ring`, if there is one
 
     @property
     def param(self) -> Tensor:
@@ -98,11 +101,9 @@ class Row:
         return self.all_state[self.owner]["step"]
 
     @staticmethod
-    def alone(
-        group: int, param: Tensor, state: dict[str, Tensor], step: Tensor, *, counted: bool = True
-    ) -> Row:
+    def alone(group: int, param: Tensor, state: dict[str, Tensor], step: Tensor, **others: Any) -> Row:
         """A row with state of its own."""
-        return Row(group, param, {param: {**state, "step": step}}, tuple(state), counted)
+        return Row(group, param, {param: {**state, "step": step}}, tuple(state), **others)
 
     def written(self) -> list[Tensor]:
         """The tensors that a step writes."""
@@ -272,9 +273,7 @@ class Counters:
     """Per-group counters and what the last step used, on one device.
 
     Attributes:
-        counts: int64 of shape (4, groups). Its rows are `k` (updates made: drives the schedule), `skipped`
-            (steps), `skips_in_row` (steps skipped since the last update) and `stale` (replays of a captured
-            step that found other tensors than it was captured with, and did nothing).
+        counts: int64 of shape (7, groups), the rows `columns.COUNTS`.
         used: of shape (11, groups), the rows `columns.USED`: `lr`, `grad_norm` (nan where none was needed),
             `coef` (of clipping, 1 where nothing was clipped), `limit` (of the norm, inf where there was
             none), two that are a GPU step's own, and `norms`: those of `columns.NORMS`, in the column of a
@@ -283,6 +282,7 @@ class Counters:
             sum of squares of the unscaled gradients of the step under way.
         graphs: what a GPU backend must keep for the CUDA graphs that have captured its steps; it goes on with
             the optimizer when the counters are replaced.
+        ring: where steps are recorded, or None.
     """
 
     counts: Tensor
@@ -290,10 +290,12 @@ class Counters:
     squares: Tensor
     math: TensorMath = field(repr=False)
     graphs: Any = field(default=None, repr=False)
+    ring: Ring | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Name the rows."""
-        self.k, self.skipped, self.skips_in_row, self.stale = self.counts.unbind()
+        self.k, self.skipped, self.skips_in_row, self.stale = self.counts[:4].unbind()
+        self.nonfinite, self.nonfinite_step = self.counts[4:6].unbind()
         self._name_used()
 
     def _name_used(self) -> None:
@@ -307,13 +309,15 @@ class Counters:
             self.used = self.used.float()
             self._name_used()
             self.norms.copy_(norms)
+            if self.ring is not None:
+                self.ring = self.ring.of_groups(range(self.k.numel()), self.k.device, self.used.dtype)
         self.squares = self.squares.float()
 
     @staticmethod
     def zeros(groups: int, device: torch.device) -> Counters:
         """Counters of an optimizer that has made no step."""
         dtype = scalar_dtype(device)
-        counts = torch.zeros((4, groups), dtype=torch.int64, device=device)
+        counts = torch.zeros((len(COUNTS), groups), dtype=torch.int64, device=device)
         used = torch.zeros((len(USED), groups), dtype=dtype, device=device)
         # the joint scope is there without groups, too
         squares = torch.zeros(max(groups, 1), dtype=dtype, device=device)
@@ -412,6 +416,7 @@ def update_(
     """
     xp = counters.math
     here = active_scopes(rows, groups, scopes, signals)
+    recorded = None if counters.ring is None else RecordedStep(counters.ring)
     for s, scope in enumerate(scopes):
         active = active_on_device(s, scope, signals, xp)
         if not (here[s] if signals.stepped is None else signals.allow(s)):
@@ -419,7 +424,7 @@ def update_(
         no = torch.zeros((), dtype=torch.bool, device=xp.device)
         found = no if signals.found_inf is None else xp.scalar(signals.found_inf) != 0
         # what multiplies every gradient; None rather than 1, so that untouched gradients cost nothing
-        factor = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
+        factor = unscale = None if signals.grad_scale is None else 1 / xp.scalar(signals.grad_scale)
         norm = xp.scalar(counters.squares[s]).sqrt() if scope.normed else xp.scalar(math.nan)
         coef, limit = xp.scalar(1), xp.scalar(math.inf)
         bad = ~torch.isfinite(norm) if scope.normed else no
@@ -452,19 +457,84 @@ def update_(
             else:
                 lr = xp.scalar(rates[i] if group.lr is None else group.lr)
             still = skip if active is None else skip | ~active
-            for row in rows:
-                if row.group == i and row.grad is not None:
-                    adamw_(row, group, lr, factor, still)
+            own = [row for row in rows if row.group == i and row.grad is not None]
+            for row in own:
+                before = fp32_value(row.param, row.state).clone() if recorded is not None else None
+                adamw_(row, group, lr, factor, still)
+                if recorded is not None and before is not None:
+                    recorded.tensor(row, before, unscale, skip, active)
             used = torch.stack([lr, norm, coef, limit])
+            if recorded is not None:
+                recorded.group(i, counters.k[i], used, skip, active)
             made, skipped, in_row = ~skip, skip, (counters.skips_in_row[i] + 1) * skip
             if active is not None:
                 used = torch.where(active, used, counters.used[: len(used), i])
                 made, skipped = made & active, skipped & active
                 in_row = torch.where(active, in_row, counters.skips_in_row[i])
+            if own and (scope.skip_nonfinite or signals.found_inf is not None):
+                note_nonfinite(own, i, skipped, counters)
             counters.used[: len(used), i] = used
             counters.k[i] += made
             counters.skipped[i] += skipped
             counters.skips_in_row[i] = in_row
+    if recorded is not None:
+        recorded.store()
+
+
+def note_nonfinite(rows: Sequence[Row], group: int, skipped: Tensor, counters: Counters) -> None:
+    """Note which of a group's tensors was the first whose gradient was not finite, if the step is `skipped`
+    and there is one; before the step is counted.
+    """
+    device = counters.k.device
+    none = 1 + max(row.place for row in rows)
+    places = torch.full((), none, dtype=torch.int64, device=device)
+    for row in rows:
+        assert row.grad is not None
+        bad = move(~torch.isfinite(row.grad).all(), device)
+        places = torch.where(bad, places.clamp(max=row.place), places)
+    found = skipped & (places < none)
+    number = counters.k[group] + counters.skipped[group]
+    counters.nonfinite[group] = torch.where(found, places + 1, counters.nonfinite[group])
+    counters.nonfinite_step[group] = torch.where(found, number, counters.nonfinite_step[group])
+
+
+class RecordedStep:
+    """The row of a ring that a step fills."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._ints = torch.full_like(ring.ints[:1], -1)
+        self._ints[0, 0] = ring.steps[0]
+        self._used, self._sums = torch.full_like(ring.used[:1], math.nan), torch.full_like(ring.sums[:1], -1)
+
+    def group(self, index: int, k: Tensor, used: Tensor, skip: Tensor, active: Tensor | None) -> None:
+        """Take what a group used, the rows `columns.METRICS`, for its update `k`, if it was `active`."""
+        k, values = k.clone(), torch.cat([used, skip.to(used.dtype).reshape(1)])
+        self._ints[0, 1 + index] = k if active is None else torch.where(active, k, -1)
+        self._used[0, :, index] = values if active is None else torch.where(active, values, math.nan)
+
+    def tensor(
+        self, row: Row, before: Tensor, unscale: Tensor | None, skip: Tensor, active: Tensor | None
+    ) -> None:
+        """Take the sums of squares of a tensor, which was `before`."""
+        assert row.grad is not None
+        if not self._ring.record.tensors:
+            return
+        g = _compute(row.grad)
+        if unscale is not None:
+            g = g * move(unscale, g.device, g.dtype)
+        change = fp32_value(row.param, row.state) - before
+        sums = [move(x.square().sum(), self._sums.device, self._sums.dtype) for x in (g, change, before)]
+        values = torch.stack([sums[0], *(torch.where(skip, 0, x) for x in sums[1:])])
+        self._sums[0, :, row.column] = values if active is None else torch.where(active, values, -1)
+
+    def store(self) -> None:
+        """Write the row, and go on to the next."""
+        ring = self._ring
+        at = ring.steps % ring.record.last
+        for rows, row in ((ring.ints, self._ints), (ring.used, self._used), (ring.sums, self._sums)):
+            rows.index_copy_(0, at, row)
+        ring.steps.add_(1)
 
 
 def judge(norm: Tensor, norms: Tensor, zclip: ZClip) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,19 @@ class Layout:
                 packed = _all_reduce(packed, group)
         return packed
 
+    def gather(self, x: Any) -> list[Any]:
+        """What every process gives, in the order of their ranks: a list per part of the model (waits).
+
+        Processes that hold parts of the same tensors have one list, those of `distinct` one each.
+        """
+        found = [x]
+        for group in (self.group, self.distinct):
+            if group is not None:
+                all_found: list[Any] = [None] * torch.distributed.get_world_size(group)
+                torch.distributed.all_gather_object(all_found, found, group=group)
+                found = all_found if group is self.distinct else [y for ys in all_found for y in ys]
+        return found if self.distinct is not None else [found]
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether a flag is set on some process (waits for all of them)."""
         return bool(self.add(torch.tensor([float(flag)], device=device)).item())

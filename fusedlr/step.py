@@ -100,9 +100,13 @@ def prepare(
     """
     found = allocate(groups, state, options, updates, kept)
     counts.place_on(device_of(groups, counts.counters.k.device), fp32=backend.single)
+    columns = counts.record_of(candidates(groups, state))
     rows = []
     for i, (group, params) in enumerate(zip(groups, found, strict=True)):
-        rows += [Row(i, p, state, kept.names(p, group), layout is None or layout.counts(p)) for p in params]
+        place = {id(p): j for j, p in enumerate(group["params"])}
+        for p in params:
+            counted, column = layout is None or layout.counts(p), columns.get(id(p), 0)
+            rows.append(Row(i, p, state, kept.names(p, group), counted, place[id(p)], column))
     watch = _watch(groups, state, rows)
     stepper = backend.prepare(rows, counts.counters, watch)
     if layout is not None:

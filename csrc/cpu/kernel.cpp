@@ -60,6 +60,68 @@ double sum_of_squares(const Span& span, double factor) {
     return total;
 }
 
+template <class T>
+bool finite(const Span& span) {
+    const T* const g = reinterpret_cast<const T*>(span.g);
+    int bad = 0;
+    for (int64_t i = 0; i < span.n; ++i) {
+        const auto x = load(g[i]);
+        bad |= x - x != 0;
+    }
+    return !bad;
+}
+
+template <class R>
+double squares(const R* x, int64_t n) {
+    R lane[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        for (int j = 0; j < kLanes; ++j) lane[j] += x[i + j] * x[i + j];
+    for (int j = 0; i + j < n; ++j) lane[j] += x[i + j] * x[i + j];
+    double sum = 0;
+    for (int j = 0; j < kLanes; ++j) sum += lane[j];
+    return sum;
+}
+
+// what the state has of a parameter's value; Rest is void* where it has nothing
+template <class P, class Rest>
+Rest* rest_of(const Span& span) {
+    return reinterpret_cast<Rest*>(span.state[std::is_same<P, F16>() ? k_master_param : k_param_remainder]);
+}
+
+// the numbers that a step computes with for its parameters
+template <class R, class P, class Rest>
+void values_of(const Span& span, R* values) {
+    const P* const p = reinterpret_cast<const P*>(span.p);
+    for (int64_t i = 0; i < span.n; ++i) {
+        if constexpr (std::is_same<Rest, void*>())
+            values[i] = load(p[i]);
+        else
+            values[i] = load_whole(p[i], rest_of<P, Rest>(span)[i]);
+    }
+}
+
+template <class P, class Rest>
+void record_before(const Span& span, void* values, Sums& sums) {
+    using R = typename Wider<P, P>::type;
+    R* const before = reinterpret_cast<R*>(values);
+    values_of<R, P, Rest>(span, before);
+    sums.of[k_before] += squares(before, span.n);
+}
+
+template <class P, class Rest>
+void record_after(const Span& span, void* values, Sums& sums) {
+    using R = typename Wider<P, P>::type;
+    R* const change = reinterpret_cast<R*>(values);
+    R after[kRecordedAtOnce];
+    values_of<R, P, Rest>(span, after);
+    for (int64_t i = 0; i < span.n; ++i) change[i] = after[i] - change[i];
+    sums.of[k_change] += squares(change, span.n);
+}
+
+template <class P, class Rest>
+constexpr Recorder recorder_of = {record_before<P, Rest>, record_after<P, Rest>};
+
 // Rest is RestOf<P> where the state has it, else void*
 template <class P, class M, bool AMSGRAD, class Rest>
 void update(const Span& span, const Scalars<double>& scalars) {
@@ -69,8 +131,7 @@ void update(const Span& span, const Scalars<double>& scalars) {
     M* const ms = reinterpret_cast<M*>(span.state[k_exp_avg]);
     M* const vs = reinterpret_cast<M*>(span.state[k_exp_avg_sq]);
     M* const v_maxs = reinterpret_cast<M*>(span.state[k_max_exp_avg_sq]);
-    Rest* const rests =
-        reinterpret_cast<Rest*>(span.state[std::is_same<P, F16>() ? k_master_param : k_param_remainder]);
+    Rest* const rests = rest_of<P, Rest>(span);
     const Scalars<R> s = rounded<R>(scalars);
     // an element depends on none but its own, whatever the tensors share
 #pragma GCC ivdep
@@ -141,12 +202,43 @@ SumOfSquares sum_of_squares_for(Type param) {
     }
 }
 
+bool (*finite_for(Type param))(const Span& span) {
+    switch (param) {
+        case kF64:
+            return finite<double>;
+        case kF32:
+            return finite<float>;
+        case kBF16:
+            return finite<BF16>;
+        default:
+            return finite<F16>;
+    }
+}
+
+template <class P>
+Recorder recorder_with(bool master) {
+    return master ? recorder_of<P, typename RestOf<P>::Type> : recorder_of<P, void*>;
+}
+
+Recorder recorder_for(Type param, bool master) {
+    switch (param) {
+        case kF64:
+            return recorder_of<double, void*>;
+        case kF32:
+            return recorder_of<float, void*>;
+        case kBF16:
+            return recorder_with<BF16>(master);
+        default:
+            return recorder_with<F16>(master);
+    }
+}
+
 }  // namespace
 
 #define FUSEDLR_NAME_(isa) #isa
 #define FUSEDLR_NAME(isa) FUSEDLR_NAME_(isa)
 extern const Kernel kernel;
-const Kernel kernel = {FUSEDLR_NAME(FUSEDLR_ISA), sum_of_squares_for, update_for};
+const Kernel kernel = {FUSEDLR_NAME(FUSEDLR_ISA), sum_of_squares_for, update_for, finite_for, recorder_for};
 
 }  // namespace FUSEDLR_ISA
 }  // namespace fusedlr

@@ -17,6 +17,25 @@ struct Span {
 using SumOfSquares = double (*)(const Span& span, double factor);
 using Update = void (*)(const Span& span, const Scalars<double>& scalars);
 
+// sums of squares, as columns.SUMS has them
+struct Sums {
+    double of[kSums];
+
+    void add(const Sums& other) {
+        for (int i = 0; i < kSums; ++i) of[i] += other.of[i];
+    }
+};
+
+// elements of a tensor that are recorded at once: they stay in the first cache
+constexpr int64_t kRecordedAtOnce = 1024;
+
+// The two functions that record an update, of at most that many elements, from both of its sides. `values`
+// has room for as many numbers of the precision of the arithmetic.
+struct Recorder {
+    void (*before)(const Span& span, void* values, Sums& sums);
+    void (*after)(const Span& span, void* values, Sums& sums);
+};
+
 struct Kernel {
     const char* name;
     // the function that sums the squares of factor * g: squares and short sums are fp32 (fp64 for fp64
@@ -25,6 +44,9 @@ struct Kernel {
     // the function that updates a tensor, with or without a maximum of the second moments, and a 16-bit one
     // with or without the rest of its fp32 value
     Update (*update)(Type param, Type state, bool amsgrad, bool master);
+    // the function that looks whether all gradients are finite
+    bool (*(*finite)(Type param))(const Span& span);
+    Recorder (*recorder)(Type param, bool master);
 };
 
 namespace baseline {

@@ -56,13 +56,15 @@ const Kernel& kernel_for(const std::string& isa) {
     throw std::invalid_argument("this machine cannot run " + isa);
 }
 
-// counts: of shape (4, groups), used: of shape (11, groups), as in reference.Counters
+// counts and used as in reference.Counters
 Counters make_counters(uintptr_t counts, uintptr_t used, uintptr_t squares, size_t groups) {
     int64_t* const k = reinterpret_cast<int64_t*>(counts);
     double* const rows = reinterpret_cast<double*>(used);
-    Counters counters = {k,
-                         k + groups,
-                         k + 2 * groups,
+    Counters counters = {k + k_k * groups,
+                         k + k_skipped * groups,
+                         k + k_skips_in_row * groups,
+                         k + k_nonfinite * groups,
+                         k + k_nonfinite_step * groups,
                          rows + k_lr * groups,
                          rows + k_grad_norm * groups,
                          rows + k_coef * groups,
@@ -73,26 +75,50 @@ Counters make_counters(uintptr_t counts, uintptr_t used, uintptr_t squares, size
     return counters;
 }
 
+// addresses of the tensors of record.Ring, and its lengths; none where nothing is recorded
+using RingAddresses = std::optional<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>>;
+
+Ring make_ring(const RingAddresses& given) {
+    if (!given) return {};
+    const auto& [steps, ints, used, sums, last, columns] = *given;
+    return {reinterpret_cast<int64_t*>(steps),
+            reinterpret_cast<int64_t*>(ints),
+            reinterpret_cast<double*>(used),
+            reinterpret_cast<double*>(sums),
+            last,
+            columns};
+}
+
 // every list but `states` has one entry per tensor; `states` has one such list per name of the state
 std::unique_ptr<Stepper> make_stepper(const std::string& isa, const std::vector<size_t>& groups,
                                       const std::vector<int>& params, const std::vector<int>& state_types,
                                       const std::vector<int64_t>& sizes, const Addresses& p,
                                       const std::vector<Addresses>& states, const Addresses& t, size_t count,
-                                      uintptr_t counts, uintptr_t used, uintptr_t squares) {
+                                      uintptr_t counts, uintptr_t used, uintptr_t squares,
+                                      const std::vector<int64_t>& places, const std::vector<int64_t>& columns,
+                                      const RingAddresses& ring) {
     const size_t n = sizes.size();
     bool even = groups.size() == n && params.size() == n && state_types.size() == n && p.size() == n &&
-                t.size() == n && states.size() == kStates;
+                t.size() == n && states.size() == kStates && places.size() == n && columns.size() == n;
     for (const Addresses& addresses : states) even = even && addresses.size() == n;
     if (!even) throw std::invalid_argument("every list must have one entry per tensor");
     std::vector<Row> rows;
     for (size_t i = 0; i < n; ++i) {
         if (groups[i] >= count || (i && groups[i] < groups[i - 1]))
             throw std::invalid_argument("tensors must be in the order of their groups");
-        rows.push_back({groups[i], Type(params[i]), Type(state_types[i]), sizes[i], p[i], {}, t[i]});
+        rows.push_back({groups[i],
+                        Type(params[i]),
+                        Type(state_types[i]),
+                        sizes[i],
+                        p[i],
+                        {},
+                        t[i],
+                        places[i],
+                        columns[i]});
         for (size_t j = 0; j < kStates; ++j) rows.back().states[j] = states[j][i];
     }
     return std::make_unique<Stepper>(std::move(rows), count, make_counters(counts, used, squares, count),
-                                     kernel_for(isa));
+                                     make_ring(ring), kernel_for(isa));
 }
 
 void assign(Stepper& stepper, std::vector<Group> groups, std::vector<Scope> scopes) {
@@ -162,7 +188,8 @@ PYBIND11_MODULE(_cpu, module) {
     py::class_<Stepper>(module, "Stepper")
         .def(py::init(&make_stepper), py::arg("isa"), py::arg("group_of"), py::arg("params"),
              py::arg("state_types"), py::arg("sizes"), py::arg("p"), py::arg("states"), py::arg("t"),
-             py::arg("groups"), py::arg("counts"), py::arg("used"), py::arg("squares"))
+             py::arg("groups"), py::arg("counts"), py::arg("used"), py::arg("squares"), py::arg("places"),
+             py::arg("columns"), py::arg("ring"))
         .def("assign", &assign, py::arg("groups"), py::arg("scopes"))
         .def("run", &run);
     module.attr("NORM") = int(kNorm);

@@ -28,6 +28,8 @@ struct Row {
     uintptr_t p;
     std::array<uintptr_t, kStates> states;  // in the order of State; 0 where the tensor has none
     uintptr_t t;                            // its count of updates, a float
+    int64_t place;                          // among the parameters of its group
+    int64_t column;                         // in the ring, if there is one
 };
 
 // reference.GroupStep
@@ -65,9 +67,16 @@ struct Inputs {
 // the stages that a call makes: the sums of squares of all scopes that need a norm, and all that follows
 enum Stages : int { kNorm = 1, kUpdate = 2 };
 
+// addresses of record.Ring
+struct Ring {
+    int64_t *steps = nullptr, *ints;  // no steps: nothing is recorded
+    double *used, *sums;
+    int64_t last, columns;
+};
+
 // addresses of reference.Counters, each of shape (groups,), and of the scopes' sums of squares
 struct Counters {
-    int64_t *k, *skipped, *skips_in_row;
+    int64_t *k, *skipped, *skips_in_row, *nonfinite, *nonfinite_step;
     double *lr, *grad_norm, *coef, *limit;
     std::array<double*, kUsed - k_seen> norms;
     double* squares;
@@ -80,7 +89,8 @@ std::vector<const Kernel*> kernels();
 class Stepper {
   public:
     // rows are in the order of their groups
-    Stepper(std::vector<Row> rows, size_t groups, const Counters& counters, const Kernel& kernel);
+    Stepper(std::vector<Row> rows, size_t groups, const Counters& counters, const Ring& ring,
+            const Kernel& kernel);
 
     // takes new options; groups must be as many as before
     void assign(std::vector<Group> groups, std::vector<Scope> scopes);
@@ -107,12 +117,17 @@ class Stepper {
         int64_t begin, n;  // elements
         int64_t before;    // elements in all chunks before this one
         double squares;
+        Sums sums;       // where tensors are recorded
+        bool nonfinite;  // of a tensor that is skipped
     };
 
     struct Tensor {
         SumOfSquares sum_of_squares;
         Update update;
-        bool active;  // whether this step updates it
+        bool (*finite)(const Span& span);
+        Recorder recorder;
+        bool active;   // whether this step updates it
+        bool skipped;  // whether it would have
         Scalars<double> scalars;
     };
 
@@ -120,6 +135,12 @@ class Stepper {
     void add_squares();
     void decide(const Inputs& inputs);
     void judge_norm(size_t scope, bool found_inf);
+    void update_chunk(Chunk& chunk, const Inputs& inputs);
+    void update_recorded(Chunk& chunk, const Tensor& tensor, uintptr_t gradient);
+    void begin_recording();
+    void record_group(size_t group, bool skip);
+    void finish();
+    bool records_tensors() const { return ring_.steps && ring_.columns; }
     bool squares_needed(const Chunk& chunk) const {
         const size_t scope = groups_[rows_[chunk.row].group].scope;
         return active_[scope] && scopes_[scope].normed();
@@ -129,6 +150,7 @@ class Stepper {
 
     std::vector<Row> rows_;
     Counters counters_;
+    Ring ring_;
     std::vector<Group> groups_;
     std::vector<Scope> scopes_;
     std::vector<Chunk> chunks_;

@@ -72,9 +72,9 @@ class Launcher {
   public:
     Launcher(uintptr_t tensors, uintptr_t chunks, uintptr_t ints, uintptr_t floats, uintptr_t rates,
              uintptr_t counts, uintptr_t used, uintptr_t squares, uintptr_t partials, uintptr_t tickets,
-             uintptr_t generation, int32_t made_for, int32_t programs, int32_t groups, int32_t scopes,
-             int32_t phases, int32_t rows, bool normed, const std::vector<BucketRow>& buckets, bool few,
-             bool table, int device)
+             uintptr_t generation, uintptr_t ring, int32_t made_for, int32_t programs, int32_t groups,
+             int32_t scopes, int32_t phases, int32_t rows, bool normed, const std::vector<BucketRow>& buckets,
+             bool few, bool table, int device)
         : normed_(normed), few_(few), table_(table), device_(device) {
         step_.tensors = pointer<const TensorRow>(tensors);
         step_.chunks = pointer<const ChunkRow>(chunks);
@@ -87,6 +87,7 @@ class Launcher {
         step_.partials = pointer<float>(partials);
         step_.tickets = pointer<int32_t>(tickets);
         step_.generation = pointer<const int32_t>(generation);
+        step_.ring = pointer<const RingInts>(ring);
         step_.made_for = made_for, step_.programs = programs, step_.rows = rows;
         step_.groups = groups, step_.scopes = scopes, step_.phases = phases;
         if (!table && rows > (few ? kFew : kMany))
@@ -150,13 +151,13 @@ class Launcher {
 PYBIND11_MODULE(_cuda, module) {
     py::class_<Launcher>(module, "Launcher", py::module_local())
         .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                      uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                      bool, const std::vector<BucketRow>&, bool, bool, int>(),
+                      uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, int32_t, int32_t, int32_t,
+                      int32_t, bool, const std::vector<BucketRow>&, bool, bool, int>(),
              py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("ints"), py::arg("floats"),
              py::arg("rates"), py::arg("counts"), py::arg("used"), py::arg("squares"), py::arg("partials"),
-             py::arg("tickets"), py::arg("generation"), py::arg("made_for"), py::arg("programs"),
-             py::arg("groups"), py::arg("scopes"), py::arg("phases"), py::arg("rows"), py::arg("normed"),
-             py::arg("buckets"), py::arg("few"), py::arg("table"), py::arg("device"))
+             py::arg("tickets"), py::arg("generation"), py::arg("ring"), py::arg("made_for"),
+             py::arg("programs"), py::arg("groups"), py::arg("scopes"), py::arg("phases"), py::arg("rows"),
+             py::arg("normed"), py::arg("buckets"), py::arg("few"), py::arg("table"), py::arg("device"))
         .def("norm", &Launcher::launch<true, false>)
         .def("update", &Launcher::launch<false, true>)
         .def("step", &Launcher::launch<true, true>);

@@ -1,6 +1,6 @@
 // The step of fusedlr/reference.py in CUDA, with the formulas of schedule.h and adamw.h. NVRTC compiles it
 // for the GPU at hand: see fusedlr/backends/gpu/kernels.py. P is the type of parameters, M that of moments;
-// with MASTER the state has the rest of the parameters' fp32 values.
+// with MASTER the state has the rest of the parameters' fp32 values, with RECORD the step is recorded.
 //
 // A block has one chunk of one tensor. Its first thread finds out what holds for the chunk while the others
 // fetch it. The last block of all adds up the sums of squares, or moves the counters: nothing needs the host.
@@ -20,6 +20,8 @@ constexpr unsigned kAll = 0xffffffff;
 constexpr int64_t kWarpSlots = 64;
 // what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 constexpr float kClipEps = 1e-6f;
+// above the places of all tensors of a group
+constexpr int64_t kNoPlace = int64_t(1) << 31;
 
 // the address of a row's gradient, 0 where it is missing
 template <int N>
@@ -216,6 +218,22 @@ struct Arrays {
     }
 };
 
+// what a thread has seen of the elements that it updated: sums of squares, as columns.SUMS has them
+struct Observed {
+    float unscale;  // what the gradients are multiplied by
+    float of[kSums];
+
+    __device__ void add_gradient(float g) {
+        g *= unscale;
+        of[k_grad] += g * g;
+    }
+    __device__ void add_change(float before, float after) {
+        const float change = after - before;
+        of[k_change] += change * change;
+        of[k_before] += before * before;
+    }
+};
+
 // n elements, in registers
 template <class P, class M, bool AMSGRAD, bool MASTER, int n>
 struct Elements {
@@ -237,7 +255,8 @@ struct Elements {
         if (AMSGRAD && to.v_max) put(to.v_max + i, v_max);
     }
 
-    __device__ void update(const Scalars<float>& s, bool amsgrad) {
+    // observed is null where nothing is recorded
+    __device__ void update(const Scalars<float>& s, bool amsgrad, Observed* observed) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             // a tensor without a maximum may share the launch: it is below every v then
@@ -247,6 +266,8 @@ struct Elements {
             else
                 p32 = load(p[i]);
             if (AMSGRAD && amsgrad) v_max32 = load(v_max[i]);
+            const float before = p32;
+            if (observed) observed->add_gradient(load(g[i]));
             adamw<float>(p32, load(g[i]), m32, v32, AMSGRAD ? &v_max32 : nullptr, s);
             if constexpr (MASTER)
                 store_whole(p[i], rest[i], p32);
@@ -254,6 +275,7 @@ struct Elements {
                 store(p[i], p32);
             store(m[i], m32), store(v[i], v32);
             if (AMSGRAD) store(v_max[i], v_max32);
+            if (observed) observed->add_change(before, MASTER ? p32 : load(p[i]));
         }
     }
 
@@ -371,7 +393,14 @@ __device__ void count_step(const Launch<N>& launch) {
         const int64_t scope = step.group_ints[i].scope;
         if (!step.active[scope]) continue;
         const bool skip = skipped(step, i);
-        int64_t *const k = step.counts + i, *const skips = k + groups, *const in_row = skips + groups;
+        int64_t* const k = step.counts + i;
+        int64_t *const skips = k + k_skipped * groups, *const in_row = k + k_skips_in_row * groups;
+        int64_t* const found = k + k_found * groups;
+        if (const int64_t place = __ldcg(found)) {
+            k[k_nonfinite * groups] = kNoPlace - place + 1;
+            k[k_nonfinite_step * groups] = *k + *skips;
+            *found = 0;
+        }
         *k += !skip;
         *skips += skip;
         *in_row = skip ? *in_row + 1 : 0;
@@ -389,7 +418,7 @@ __device__ void count_step(const Launch<N>& launch) {
 // what holds for a chunk, found out by one thread; row is null where nothing is to be updated. A scope that
 // does not make the step is skipped, and reports nothing
 __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow* row,
-                        Scalars<float>& scalars, bool& skip) {
+                        Scalars<float>& scalars, float& unscale, bool& skip, bool& look) {
     // all that can be read at once is on its way before anything is computed
     const GroupInts ints = step.group_ints[chunk.group];
     const GroupFloats floats = step.group_floats[chunk.group];
@@ -409,7 +438,75 @@ __device__ void prepare(const Step& step, const ChunkRow& chunk, const TensorRow
         used[k_held * groups] = decision.held, used[k_skip * groups] = decision.skip;
     }
     skip = decision.skip || !active;
-    if (row && !skip) scalars = scalars_of(t, floats, lr, 1 / scale * decision.coef);
+    look = decision.skip && active && row;
+    unscale = 1 / scale;
+    if (row && !skip) scalars = scalars_of(t, floats, lr, unscale * decision.coef);
+}
+
+// Looks at the gradient of a chunk that is skipped: whether all of it is finite, for the last block.
+template <class P>
+__device__ void look_at(const Step& step, const Place& at, Observed& observed) {
+    const P* const g = pointer<const P>(at.gradient) + at.begin;
+    bool bad = false;
+    for (int64_t i = threadIdx.x; i < at.count; i += kThreads) {
+        const float x = load(read_global(g + i));
+        bad |= !isfinite(x);
+        observed.add_gradient(x);
+    }
+    // the first tensor of the group has the largest of these
+    auto* const found = reinterpret_cast<long long*>(step.counts + k_found * step.groups + at.row->group);
+    if (bad) atomicMax(found, (long long)(kNoPlace - at.row->place));
+}
+
+// for the last block, by the first thread: what all threads have seen of a chunk
+__device__ void add_observed(const Step& step, int64_t slot, const Observed& observed) {
+    float* const sums = pointer<float>(uint64_t(step.ring->chunk_sums)) + slot;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+        const float sum = block_sum(observed.of[i]);
+        if (threadIdx.x == 0) sums[i * step.programs] = sum;
+        __syncthreads();
+    }
+}
+
+// Fills the row of the ring that is this step's; before the step is counted.
+template <int N>
+__device__ void record_step(const Launch<N>& launch) {
+    const Step& step = launch.step;
+    const RingInts ring = *step.ring;
+    const int64_t groups = step.groups, columns = ring.columns;
+    int64_t* const steps = pointer<int64_t>(uint64_t(ring.steps));
+    const int64_t number = *steps, row = number % ring.last;
+    int64_t* const ints = pointer<int64_t>(uint64_t(ring.ints)) + row * (1 + groups);
+    float* const used = pointer<float>(uint64_t(ring.used)) + row * kRecorded * groups;
+    float* const sums = pointer<float>(uint64_t(ring.sums)) + row * kSums * columns;
+    for (int64_t i = threadIdx.x; i < kSums * columns; i += kThreads) sums[i] = -1;
+    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
+        const bool active = step.active[step.group_ints[i].scope];
+        ints[1 + i] = active ? step.counts[i] : -1;
+        for (int j = 0; j < kRecorded; ++j) {
+            const int from = j == k_recorded_skip ? int(k_skip) : j;
+            used[j * groups + i] = active ? __ldcg(step.used + from * groups + i) : nanf("");
+        }
+    }
+    // all have read which step it is, and rows without a tensor are marked
+    __syncthreads();
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const float* const chunk_sums = pointer<const float>(uint64_t(ring.chunk_sums));
+    for (int32_t i = warp; columns && i < step.rows; i += kThreads / kWarp) {
+        const TensorRow& tensor = step.tensors[i];
+        if (!gradient_of(launch, i) || !step.active[step.group_ints[tensor.group].scope]) continue;
+        const int64_t last = tensor.slot + (tensor.numel + kChunkElements - 1) / kChunkElements;
+        for (int j = 0; j < kSums; ++j) {
+            const float* const of_chunks = chunk_sums + j * step.programs;
+            const float sum = warp_sum(sum_slots(of_chunks, tensor.slot + lane, last, kWarp));
+            if (lane == 0) sums[j * columns + tensor.column] = sum;
+        }
+    }
+    if (threadIdx.x == 0) {
+        ints[0] = number;
+        *steps = number + 1;
+    }
 }
 
 }  // namespace
@@ -482,7 +579,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 }
 
 // one optimizer step on the tensors of a bucket; the last block of all buckets counts it
-template <class P, class M, bool AMSGRAD, bool MASTER, int N>
+template <class P, class M, bool AMSGRAD, bool MASTER, bool RECORD, int N>
 __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Launch<N> launch) {
     // 16 bytes of a moment, so that the accesses of neighbours touch
     constexpr int kEach = 16 / sizeof(M);
@@ -490,14 +587,15 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     const int thread = threadIdx.x;
     const ChunkRow chunk = step.chunks[step.first + blockIdx.x];
     if (*step.generation != step.made_for) {
-        if (step.first == 0 && blockIdx.x == 0 && thread == 0) ++step.counts[3 * step.groups];
+        if (step.first == 0 && blockIdx.x == 0 && thread == 0) ++step.counts[k_stale * step.groups];
         return;
     }
     __shared__ Scalars<float> scalars;
-    __shared__ bool skip, last;
+    __shared__ float unscale;
+    __shared__ bool skip, look, last;
     const Place at = place(launch, chunk);
     // the first thread fetches its own elements after prepare(): it has no registers for both at once
-    if (thread == 0) prepare(step, chunk, at.row, scalars, skip);
+    if (thread == 0) prepare(step, chunk, at.row, scalars, unscale, skip, look);
     Arrays<P, M, AMSGRAD, MASTER> arrays = {};
     Elements<P, M, AMSGRAD, MASTER, kEach> elements;
     const int count = int(at.count);
@@ -512,12 +610,18 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
         if (i < wide) elements.read(arrays, i);
     }
     __syncthreads();
-    // counters have been read; nobody waits for what is written from here on
-    if (thread == 0) last = is_last(step.tickets + 1, step.programs);
+    Observed observed = {unscale, {}};
+    if (look) {
+        look_at<P>(step, at, observed);
+        __syncthreads();
+    }
+    // counters have been read; without RECORD nobody waits for what is written from here on
+    if (!RECORD && thread == 0) last = is_last(step.tickets + 1, step.programs);
+    Observed* const observer = RECORD ? &observed : nullptr;
     if (!skip) {
         const Scalars<float> s = scalars;
         while (i < wide) {
-            elements.update(s, arrays.v_max);
+            elements.update(s, arrays.v_max, observer);
             elements.write(arrays, i);
             i += kThreads * kEach;
             if (i < wide) elements.read(arrays, i);
@@ -525,12 +629,18 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
         for (int j = wide + thread; j < count; j += kThreads) {
             Elements<P, M, AMSGRAD, MASTER, 1> one;
             one.read(arrays, j);
-            one.update(s, arrays.v_max);
+            one.update(s, arrays.v_max, observer);
             one.write(arrays, j);
         }
     }
+    if (RECORD) {
+        add_observed(step, chunk.slot, observed);
+        if (thread == 0) last = is_last(step.tickets + 1, step.programs);
+    }
     __syncthreads();
-    if (last) count_step(launch);
+    if (!last) return;
+    if (RECORD) record_step(launch);
+    count_step(launch);
 }
 
 }  // namespace fusedlr

@@ -13,12 +13,13 @@ struct Step {
     const GroupInts* group_ints;      // then ScopeInts, then PhaseInts
     const GroupFloats* group_floats;  // then ScopeFloats, then PhaseFloats, then tables
     const float* rates;               // (groups,): rates that are given as numbers
-    int64_t* counts;                  // (4, groups): k, skipped, skips_in_row, stale
-    float* used;                      // (11, groups): USED of columns.py
+    int64_t* counts;                  // (kCounts, groups)
+    float* used;                      // (kUsed, groups)
     float* squares;                   // (scopes,): sums of squares of the unscaled gradients
     float* partials;                  // the sum of squares of every chunk, by slot
     int32_t* tickets;                 // of the norm launches, of the step launches
     const int32_t* generation;        // of the tensors and tables, as it is now
+    const RingInts* ring;             // where the step is recorded, by kernels that record
     // what every step is given anew; gradients are null where the launch carries them
     const uint64_t* gradients;
     const int32_t* active;  // (scopes,): whether the scope makes this step

@@ -84,6 +84,9 @@ class CpuStepper:
             counts=counters.counts.data_ptr(),
             used=counters.used.data_ptr(),
             squares=counters.squares.data_ptr(),
+            places=[row.place for row in rows],
+            columns=[row.column for row in rows],
+            ring=None if counters.ring is None else counters.ring.layout(),
         )
 
     def assign(self, groups: Sequence[GroupStep], scopes: Sequence[Scope]) -> None:

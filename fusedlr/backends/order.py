@@ -152,7 +152,8 @@ def in_order(row: Row) -> Row:
     if row.grad is not None:
         param.grad = row.grad.detach().resolve_neg().contiguous()
     kept = dict(zip(row.names, state, strict=True))
-    return Row.alone(row.group, param, kept, row.step, counted=row.counted)
+    places = {"counted": row.counted, "place": row.place, "column": row.column}
+    return Row.alone(row.group, param, kept, row.step, **places)
 
 
 def copy_back(rows: Sequence[Row], ordered: Sequence[Row]) -> None:

@@ -68,7 +68,8 @@ def compile_type(nvrtc: Nvrtc, arch: str, name: str, *options: str, ptx: bool = 
         for size in kernels.SIZES
         for master in (False, True)
         if name in kernels.types(master=master)
-        for kernel in kernels.kernel_names(name, size, master=master)
+        for record in (False, True)
+        for kernel in kernels.kernel_names(name, size, master=master, record=record)
     ]
     return nvrtc.compile(text, arch, wanted, headers, (*kernels.OPTIONS, *options), ptx=ptx)
 
@@ -102,15 +103,17 @@ def _facts(nvrtc: Nvrtc, name: str, arch: int) -> dict[str, Any]:
 
 
 def kernel_name(symbol: str) -> tuple[str, str]:
-    """The type of the parameters, and norm_kernel<P, N> or step_kernel<P, M, AMSGRAD, MASTER, N> in words."""
-    kind, param, moments, amsgrad, master, n = re.findall(
-        r"(norm|step)_kernelI(f|NS_4BF16E|NS_3F16E)(f|S1_)?(?:Lb(\d)ELb(\d)E)?Li(\d+)E", symbol
+    """The type of the parameters, and norm_kernel<P, N> or step_kernel<P, M, AMSGRAD, MASTER, RECORD, N> in
+    words.
+    """
+    kind, param, moments, amsgrad, master, record, n = re.findall(
+        r"(norm|step)_kernelI(f|NS_4BF16E|NS_3F16E)(f|S1_)?(?:Lb(\d)ELb(\d)ELb(\d)E)?Li(\d+)E", symbol
     )[0]
     name = {"f": "f32", "NS_4BF16E": "bf16", "NS_3F16E": "f16"}[param]
     size = "few" if int(n) < 1000 else "many"
     if kind == "norm":
         return name, f"norm, {size}"
-    top = ", amsgrad" * (amsgrad == "1") + ", master" * (master == "1")
+    top = ", amsgrad" * (amsgrad == "1") + ", master" * (master == "1") + ", record" * (record == "1")
     return name, f"step, {'fp32' if moments == 'f' else name} moments{top}, {size}"
 
 

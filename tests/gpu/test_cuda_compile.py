@@ -38,10 +38,11 @@ def test_every_variant_is_there() -> None:
     for name in TYPES:
         moments = {"fp32"} if name == "f32" else {"fp32", name}
         steps = {
-            f"step, {m} moments{top}{master}, {size}"
+            f"step, {m} moments{top}{master}{record}, {size}"
             for m in moments
             for top in ("", ", amsgrad")
             for master in (("",) if name == "f32" else ("", ", master"))
+            for record in ("", ", record")
             for size in ("few", "many")
         }
         for nvrtc in libraries():

@@ -31,7 +31,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _POINTERS = {
-    "*i64": ("tensors", "gradients", "ints", "counts"),
+    "*i64": ("tensors", "gradients", "ints", "counts", "ring"),
     "*i32": ("chunks", "active", "tickets", "generation"),
     "*fp32": ("floats", "rates", "used", "squares", "partials", "grad_scale", "found_inf"),
 }
@@ -39,19 +39,23 @@ _TYPES = {name: kind for kind, names in _POINTERS.items() for name in names}
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # elements per thread of a wide tile, and bytes of a wide access
 _WIDE_BYTES = 16
-# kernel, parameters, moments, amsgrad, master
+# kernel, parameters, moments, and whether amsgrad, master, record
 VARIANTS = {
-    "step fp32": ("step", "fp32", "fp32", False, False),
-    "step fp32 amsgrad": ("step", "fp32", "fp32", True, False),
-    "step bf16": ("step", "bf16", "fp32", False, False),
-    "step bf16 amsgrad": ("step", "bf16", "fp32", True, False),
-    "step bf16, bf16 moments": ("step", "bf16", "bf16", False, False),
-    "step bf16, master": ("step", "bf16", "fp32", False, True),
-    "step bf16 amsgrad, master": ("step", "bf16", "fp32", True, True),
-    "step fp16": ("step", "fp16", "fp32", False, False),
-    "step fp16, master": ("step", "fp16", "fp32", False, True),
-    "norm fp32": ("norm", "fp32", None, None, None),
-    "norm bf16": ("norm", "bf16", None, None, None),
+    "step fp32": ("step", "fp32", "fp32", False, False, False),
+    "step fp32 amsgrad": ("step", "fp32", "fp32", True, False, False),
+    "step bf16": ("step", "bf16", "fp32", False, False, False),
+    "step bf16 amsgrad": ("step", "bf16", "fp32", True, False, False),
+    "step bf16, bf16 moments": ("step", "bf16", "bf16", False, False, False),
+    "step bf16, master": ("step", "bf16", "fp32", False, True, False),
+    "step bf16 amsgrad, master": ("step", "bf16", "fp32", True, True, False),
+    "step fp16": ("step", "fp16", "fp32", False, False, False),
+    "step fp16, master": ("step", "fp16", "fp32", False, True, False),
+    "step fp32, record": ("step", "fp32", "fp32", False, False, True),
+    "step fp32 amsgrad, record": ("step", "fp32", "fp32", True, False, True),
+    "step bf16, record": ("step", "bf16", "fp32", False, False, True),
+    "step bf16 amsgrad, master, record": ("step", "bf16", "fp32", True, True, True),
+    "norm fp32": ("norm", "fp32", None, None, None, None),
+    "norm bf16": ("norm", "bf16", None, None, None, None),
 }
 # bytes of what the state has of a parameter's fp32 value
 _REST = {"bf16": 2, "fp16": 4}
@@ -63,25 +67,26 @@ def compiled(
     moments: str | None,
     amsgrad: bool | None,
     master: bool | None,
+    record: bool | None,
     target: GPUTarget,
 ) -> Any:
     """What Triton makes of one variant of a kernel, as a launch on this GPU would have it compiled."""
     kernel = getattr(triton_kernels, f"{name}_kernel")
     constants: dict[str, Any] = {"PARAMS": tl.str_to_ty(params, None)}
     if name == "step":
-        constants |= {"MOMENTS": tl.str_to_ty(moments, None), "AMSGRAD": amsgrad, "MASTER": master}
+        constants |= {"MOMENTS": tl.str_to_ty(moments, None), "AMSGRAD": amsgrad}
+        constants |= {"MASTER": master, "RECORD": record}
     signature = {arg: "constexpr" if arg in constants else _TYPES.get(arg, "i32") for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(
-        source, target=target, options=triton_kernels.options(target, bool(amsgrad), bool(master))
-    )
+    options = triton_kernels.options(target, bool(amsgrad), bool(master), bool(record))
+    return triton.compile(source, target=target, options=options)
 
 
 def facts(variant: str, target_name: str) -> dict[str, Any]:
     """What the assembly of one kernel for one GPU holds."""
-    name, params, moments, amsgrad, master = VARIANTS[variant]
+    name, params, moments, amsgrad, master, record = VARIANTS[variant]
     target = TARGETS[target_name]
-    asm = compiled(name, params, moments, amsgrad, master, target).asm
+    asm = compiled(name, params, moments, amsgrad, master, record, target).asm
     elements = triton_kernels.WIDE.value // triton_kernels.THREADS
     p, m = (elements * _BYTES[dtype] / _WIDE_BYTES for dtype in (params, moments or params))
     maxima = int(bool(amsgrad))
@@ -166,12 +171,15 @@ def write_ptx(folder: Path, targets: list[str]) -> None:
     for target in targets:
         for params in _BYTES:
             steps = [
-                ("step", params, moments, amsgrad, master)
+                ("step", params, moments, amsgrad, master, record)
                 for moments in dict.fromkeys(("fp32", params))
                 for amsgrad in (False, True)
                 for master in ((False, True) if params in _REST else (False,))
+                for record in (False, True)
+                # what records is executed in part, as compiling takes seconds
+                if not record or (moments == "fp32" and not amsgrad)
             ]
-            for variant in (("norm", params, None, False, False), *steps):
+            for variant in (("norm", params, None, False, False, False), *steps):
                 made = compiled(*variant, TARGETS[target])
                 name = " ".join(map(str, (*variant, target)))
                 (folder / f"{name}.ptx").write_text(made.asm["ptx"])

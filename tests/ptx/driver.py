@@ -214,10 +214,10 @@ class Driver:
         # the library is in this process already, as the machine
         compiled.cuda.open_driver(str(build.machine()))
         names = json.loads((self._cuda / "names.json").read_text())
-        cuda.images = lambda nvrtc, arch, size, master=False: {
+        cuda.images = lambda nvrtc, arch, size, **flags: {
             name: Compiled(b"", {kernel: names[name][kernel] for kernel in wanted}, "")
-            for name in kernels.types(master=master)
-            for wanted in [kernels.kernel_names(name, size, master=master)]
+            for name in kernels.types(master=flags.get("master", False))
+            for wanted in [kernels.kernel_names(name, size, **flags)]
         }
         cuda.device_type = "cpu"
         # who has asked before has been told of another device
@@ -234,7 +234,8 @@ class Driver:
         types = [str(x) for x in arguments if type(x).__name__ == "dtype"]
         kind = launch.kernel.fn.__name__.removesuffix("_kernel")
         moments = types[1] if kind == "step" else None
-        name = f"{kind} {types[0]} {moments} {launch.amsgrad} {launch.master} sm_{self._arch}"
+        flags = f"{launch.amsgrad} {launch.master} {launch.record}"
+        name = f"{kind} {types[0]} {moments} {flags} sm_{self._arch}"
         packed = b""
         for x in arguments:
             if isinstance(x, Tensor):

@@ -70,21 +70,24 @@ _MASTER = (
 )
 KERNELS = {
     "cuda": (
-        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelIfLi493E\w*"),
-        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelINS_4BF16ELi493E\w*"),
-        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelIffLb0ELb0ELi493E\w*"),
-        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelIffLb1ELb0ELi493E\w*"),
+        Kernel("norm fp32", "cuda f32", *_FP32, r"\w*norm_kernelIfLi492E\w*"),
+        Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelINS_4BF16ELi492E\w*"),
+        Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelIffLb0ELb0ELb0ELi492E\w*"),
+        Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelIffLb1ELb0ELb0ELi492E\w*"),
         Kernel(
-            "step bf16, bf16 moments", "cuda bf16", *_SMALL, r"\w*step_kernelINS_4BF16ES1_Lb0ELb0ELi493E\w*"
+            "step bf16, bf16 moments",
+            "cuda bf16",
+            *_SMALL,
+            r"\w*step_kernelINS_4BF16ES1_Lb0ELb0ELb0ELi492E\w*",
         ),
     ),
     "triton": (
-        Kernel("norm fp32", "triton norm fp32 None False False", *_FP32),
-        Kernel("norm bf16", "triton norm bf16 None False False", *_BF16),
-        Kernel("step fp32", "triton step fp32 fp32 False False", *_FP32),
-        Kernel("step fp32, amsgrad", "triton step fp32 fp32 True False", *_TOPS),
-        Kernel("step bf16, bf16 moments", "triton step bf16 bf16 False False", *_SMALL),
-        Kernel("step bf16, master", "triton step bf16 fp32 False True", *_MASTER),
+        Kernel("norm fp32", "triton norm fp32 None False False False", *_FP32),
+        Kernel("norm bf16", "triton norm bf16 None False False False", *_BF16),
+        Kernel("step fp32", "triton step fp32 fp32 False False False", *_FP32),
+        Kernel("step fp32, amsgrad", "triton step fp32 fp32 True False False", *_TOPS),
+        Kernel("step bf16, bf16 moments", "triton step bf16 bf16 False False False", *_SMALL),
+        Kernel("step bf16, master", "triton step bf16 fp32 False True False", *_MASTER),
     ),
 }
 

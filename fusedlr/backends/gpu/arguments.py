@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fusedlr.backends.gpu.graphs import Graphs
-from fusedlr.backends.gpu.tables import Layout, Packed, pack_row
+from fusedlr.backends.gpu.tables import Layout, Packed, pack_ring, pack_row
 from fusedlr.backends.order import CountedGradients
+from fusedlr.columns import SUMS
 from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, capturing, move
 
 
@@ -33,6 +34,7 @@ class Arguments(NamedTuple):
     partials: Tensor  # fp32 (programs,): the sum of squares of every chunk, by slot
     tickets: Tensor  # int32 (2,): see graphs.Graphs
     generation: Tensor  # int32 (1,)
+    ring: Tensor  # int64 (RING,): where steps are recorded, if they are
     made_for: int  # the generation that the launches are made for
     layout: Layout
     groups: int
@@ -40,6 +42,7 @@ class Arguments(NamedTuple):
     phases: int
     rows: int
     normed: bool  # whether a scope needs a norm
+    recorded: bool  # whether steps are recorded
 
 
 class NewArguments(NamedTuple):
@@ -61,12 +64,13 @@ class StepArguments:
         self._device = counters.k.device
         self._graphs = Graphs.of(counters)
         self._counted = CountedGradients(rows, inputs)
-        self._row_table = [x for row in rows for x in pack_row(row)]
+        self._row_table: list[int] = []
+        self._ring_table: list[int] = []
         self._groups: Sequence[GroupStep] = ()
         self._scopes: Sequence[Scope] = ()
         self._scope_of: list[int] | None = None
-        self._layout = Layout([], [], [], 0)
-        self._partials = torch.empty(0)
+        self._layout = Layout([], [], [], [], 0)
+        self._partials = self._chunk_sums = torch.empty(0)
         # groups whose rate is given as a number, and these numbers
         self._given: list[int] = []
         self._given_rates: list[float] = []
@@ -91,6 +95,12 @@ class StepArguments:
             self._scope_of, self._layout = scope_of, Layout.of(self._rows, scope_of, len(scopes))
             programs = max(self._layout.programs, 1)
             self._partials = torch.empty(programs, dtype=torch.float32, device=self._device)
+            slots, ring = self._layout.first_slots, self._counters.ring
+            pairs = zip(self._rows, slots, strict=True)
+            self._row_table = [x for row, slot in pairs for x in pack_row(row, slot)]
+            if ring is not None:
+                self._chunk_sums = self._partials.new_empty((len(SUMS), programs))
+                self._ring_table = pack_ring(ring, self._chunk_sums, self._rows)
         self._given = [i for i, group in enumerate(groups) if group.schedule is None and group.lr is None]
         self._given_rates = []
         self._rate_tensors = [(i, group.lr) for i, group in enumerate(groups) if group.lr is not None]
@@ -231,7 +241,7 @@ class StepArguments:
         # what captured launches must find as it was: the tables and counters that they share with later
         # steps, the numbers that they were launched with, and the rows
         numbers = self._backend, normed, count, packed.phases, layout.slots, self._scope_of
-        made_from = [x.data_ptr() for x in shared], numbers, self._row_table
+        made_from = [x.data_ptr() for x in shared], numbers, self._row_table, self._ring_table
         graphs.expect(made_from)
         arguments = self._arguments
         if arguments is None or made_from != self._made_from or arguments.made_for != graphs.number:
@@ -247,6 +257,7 @@ class StepArguments:
                 partials=self._partials,
                 tickets=graphs.tickets,
                 generation=graphs.generation,
+                ring=graphs.ring.renew(self._ring_table),
                 made_for=graphs.number,
                 layout=layout,
                 groups=count,
@@ -254,6 +265,7 @@ class StepArguments:
                 phases=packed.phases,
                 rows=len(self._rows),
                 normed=normed,
+                recorded=bool(self._ring_table),
             )
             self._made_from = made_from
         self._options_changed = False

@@ -62,36 +62,39 @@ def most_gradients(device: torch.device) -> int:
     return compiled.cuda.many if many else compiled.cuda.few
 
 
-# device, size, master -> kernel -> its handle; filled at the first step, outside of captures
-_loaded: dict[tuple[torch.device, str, bool], dict[str, int]] = {}
+# device, size, master, record -> kernel -> its handle; filled at the first step, outside of captures
+_loaded: dict[tuple[torch.device, str, bool, bool], dict[str, int]] = {}
 _loading = threading.Lock()
 
 
-def functions(device: torch.device, size: str, *, master: bool = False) -> dict[str, int]:
+def functions(
+    device: torch.device, size: str, *, master: bool = False, record: bool = False
+) -> dict[str, int]:
     """The loaded kernels for launches of one size, by their names in C++; compiles and loads them once.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which allows neither; or the driver refuses the kernels.
         CompileError: NVRTC does not compile them.
     """
+    key = device, size, master, record
     with _loading:
-        if (device, size, master) not in _loaded:
+        if key not in _loaded:
             if capturing(device):
                 raise RuntimeError(
                     "make one step outside the CUDA graph before capturing it: the kernels are compiled there"
                 )
             found = target_of(device)
             assert not isinstance(found, str), found
-            _loaded[device, size, master] = {
+            _loaded[key] = {
                 name: handle
-                for made in images(*found, size, master=master).values()
+                for made in images(*found, size, master=master, record=record).values()
                 for name, handle in zip(
                     made.names,
                     compiled.cuda.load(device.index or 0, made.image, list(made.names.values())),
                     strict=True,
                 )
             }
-        return _loaded[device, size, master]
+        return _loaded[key]
 
 
 def why_not(devices: Iterable[torch.device]) -> str | None:
@@ -114,8 +117,11 @@ class CudaStepper:
         self._in_table = len(rows) > most_gradients(self._device)
         size = "few" if self._in_table or len(rows) <= compiled.cuda.few else "many"
         self._size, self._functions = size, functions(self._device, size)
+        if counters.ring is not None:
+            self._functions = {**self._functions, **functions(self._device, size, record=True)}
         if any(has_rest(row.names) for row in rows):
-            self._functions = {**self._functions, **functions(self._device, size, master=True)}
+            flags = {"master": True, "record": counters.ring is not None}
+            self._functions = {**self._functions, **functions(self._device, size, **flags)}
         self._launcher: Any = None
         self._launcher_for: Arguments | None = None
         self._new: NewArguments | None = None
@@ -171,7 +177,8 @@ def launcher(arguments: Arguments, loaded: dict[str, int], size: str, *, table: 
     for bucket in arguments.layout.buckets:
         param, moments = (_NAMES[dtype] for dtype in bucket.kind)
         norm = loaded[kernels.name_of_norm(param, size)]
-        update = loaded[kernels.name_of_step(param, moments, bucket.amsgrad, size, master=bucket.master)]
+        flags = {"master": bucket.master, "record": arguments.recorded}
+        update = loaded[kernels.name_of_step(param, moments, bucket.amsgrad, size, **flags)]
         buckets.append((norm, update, bucket.first, bucket.programs))
     tensors = {name: x.data_ptr() for name, x in arguments._asdict().items() if isinstance(x, Tensor)}
     return compiled.cuda.Launcher(

@@ -29,6 +29,7 @@ class Graphs:
         tensors, chunks: the rows, and how they are cut into chunks. gradients: addresses, for launches that
         do not carry them. ints, floats: the options, see `tables.Packed`. rates: fp32 of shape (groups,):
         rates that are given as numbers.
+        ring: where steps are recorded.
         tickets: int32 of shape (2,): programs of the norm's and the update's launches that have come to their
         end. one, zero: the scaler's signals where there is no scaler.
     """
@@ -40,7 +41,7 @@ class Graphs:
         self.number = 0
         self.generation = torch.zeros(1, dtype=torch.int32, device=device)
         self.tensors, self.gradients = Table(device, torch.int64), Table(device, torch.int64)
-        self.chunks = Table(device, torch.int32)
+        self.chunks, self.ring = Table(device, torch.int32), Table(device, torch.int64)
         # what scopes do, as steps have needed it -> the table of it
         self._flags: dict[tuple[bool, ...], Tensor] = {}
         self.ints = Table(device, torch.int64)

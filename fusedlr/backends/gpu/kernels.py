@@ -79,17 +79,18 @@ def types(*, master: bool) -> tuple[str, ...]:
     return tuple(type_ for type_ in TYPES if type_ != "f32" or not master)
 
 
-def kernel_names(type_: str, size: str, *, master: bool = False) -> list[str]:
+def kernel_names(type_: str, size: str, *, master: bool = False, record: bool = False) -> list[str]:
     """The kernels for parameters of one type and launches of one size, as C++ has them.
 
-    With `master` the updates that find the rest of the parameters' fp32 values in the state.
+    With `master` the updates that find the rest of the parameters' fp32 values in the state, with `record`
+    those that record what they do.
     """
     steps = [
-        name_of_step(type_, m, amsgrad, size, master=master)
+        name_of_step(type_, m, amsgrad, size, master=master, record=record)
         for m in ("f32", type_)
         for amsgrad in (False, True)
     ]
-    return [*([] if master else [name_of_norm(type_, size)]), *dict.fromkeys(steps)]
+    return [*([] if master or record else [name_of_norm(type_, size)]), *dict.fromkeys(steps)]
 
 
 def name_of_norm(type_: str, size: str) -> str:
@@ -97,18 +98,28 @@ def name_of_norm(type_: str, size: str) -> str:
     return f"fusedlr::norm_kernel<{TYPES[type_]}, {SIZES[size]}>"
 
 
-def name_of_step(type_: str, moments: str, amsgrad: bool, size: str, *, master: bool = False) -> str:
+def name_of_step(
+    type_: str, moments: str, amsgrad: bool, size: str, *, master: bool = False, record: bool = False
+) -> str:
     """The kernel that updates parameters of a type, with moments of another or the same."""
-    flags = ", ".join(str(flag).lower() for flag in (amsgrad, master))
+    flags = ", ".join(str(flag).lower() for flag in (amsgrad, master, record))
     return f"fusedlr::step_kernel<{TYPES[type_]}, {TYPES[moments]}, {flags}, {SIZES[size]}>"
 
 
 def compile_(
-    nvrtc: Nvrtc, arch: str, type_: str, size: str, folder: Path | None = None, *, master: bool = False
+    nvrtc: Nvrtc,
+    arch: str,
+    type_: str,
+    size: str,
+    folder: Path | None = None,
+    *,
+    master: bool = False,
+    record: bool = False,
 ) -> Compiled:
     """Compile the kernels of one type and size, without a look at the cache."""
     text, headers = sources(folder)
-    return nvrtc.compile(text, arch, kernel_names(type_, size, master=master), headers, OPTIONS)
+    names = kernel_names(type_, size, master=master, record=record)
+    return nvrtc.compile(text, arch, names, headers, OPTIONS)
 
 
 def target(capability: int, driver: int, libraries: Iterable[Nvrtc] | None = None) -> tuple[Nvrtc, str] | str:
@@ -141,12 +152,15 @@ def target(capability: int, driver: int, libraries: Iterable[Nvrtc] | None = Non
     )
 
 
-def images(nvrtc: Nvrtc, arch: str, size: str, *, master: bool = False) -> dict[str, Compiled]:
+def images(
+    nvrtc: Nvrtc, arch: str, size: str, *, master: bool = False, record: bool = False
+) -> dict[str, Compiled]:
     """The kernels of all types for launches of one size: from the cache, or compiled now and kept there."""
     text, headers = sources()
     cache = Cache.of_user()
+    flags = {"master": master, "record": record}
     keys = {
-        type_: key_of(text, headers, OPTIONS, kernel_names(type_, size, master=master), nvrtc.version, arch)
+        type_: key_of(text, headers, OPTIONS, kernel_names(type_, size, **flags), nvrtc.version, arch)
         for type_ in types(master=master)
     }
     kept = {type_: cache.read(key) for type_, key in keys.items()}
@@ -161,7 +175,7 @@ def images(nvrtc: Nvrtc, arch: str, size: str, *, master: bool = False) -> dict[
         announced.start()
         try:
             with ThreadPoolExecutor(len(missing)) as pool:
-                made = pool.map(lambda type_: compile_(nvrtc, arch, type_, size, master=master), missing)
+                made = pool.map(lambda type_: compile_(nvrtc, arch, type_, size, **flags), missing)
                 kept.update(zip(missing, made, strict=True))
         finally:
             announced.cancel()

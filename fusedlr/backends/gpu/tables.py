@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusedlr.columns import CHUNK, CHUNKS, PHASE_FLOATS, PHASE_INTS, STATE
 from fusedlr.kept import has_rest
+from fusedlr.record import Ring
 from fusedlr.reference import GroupStep, Row, Scope, capturing
 from fusedlr.schedule import SHAPES, Schedule, whole_and_rest
 
@@ -44,6 +45,7 @@ class Layout:
     chunks: list[int]  # rows of CHUNKS
     buckets: list[Bucket]
     slots: list[Slots]  # of every scope: its first slot, and one past its last
+    first_slots: list[int]  # of every row: that of its first chunk, where it has one
     programs: int
 
     @staticmethod
@@ -59,9 +61,10 @@ class Layout:
             per_group[row.group] += count
         first, slots = _place_slots(per_group, scope_of, scopes)
         by_kind: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {kind: [] for kind in kinds}
-        following = list(first)
+        following, first_slots = list(first), []
         for i, (row, kind, count) in enumerate(zip(rows, kinds, per_row, strict=True)):
             group = row.group
+            first_slots.append(following[group])
             for index in range(count):
                 slot = following[group]
                 by_kind[kind] += i, index, slot, group, scope_of[group], int(slot == first[group])
@@ -79,7 +82,9 @@ class Layout:
             Bucket(kind[:2], kind in amsgrad, kind[2], begin, end - begin)
             for kind, (begin, end) in zip(filled, pairwise(ends), strict=True)
         ]
-        return Layout([x for chunks in filled.values() for x in chunks], buckets, slots, ends[-1])
+        return Layout(
+            [x for chunks in filled.values() for x in chunks], buckets, slots, first_slots, ends[-1]
+        )
 
 
 def _place_slots(per_group: list[int], scope_of: Sequence[int], scopes: int) -> tuple[list[int], list[Slots]]:
@@ -97,12 +102,20 @@ def _place_slots(per_group: list[int], scope_of: Sequence[int], scopes: int) -> 
     return first, slots
 
 
-def pack_row(row: Row) -> tuple[int, ...]:
-    """A row of TENSORS."""
+def pack_row(row: Row, slot: int) -> tuple[int, ...]:
+    """A row of TENSORS; `slot` is that of its first chunk."""
     state = row.state
     kept = [state[name].data_ptr() if name in state else 0 for name in STATE]
     addresses = row.param.data_ptr(), *kept, row.step.data_ptr()
-    return (*map(_signed, addresses), row.param.numel(), row.group)
+    places = row.place, row.column, slot
+    return (*map(_signed, addresses), row.param.numel(), row.group, *places)
+
+
+def pack_ring(ring: Ring, chunk_sums: Tensor, rows: Sequence[Row]) -> list[int]:
+    """The row of RING."""
+    *addresses, last, columns = ring.layout()
+    most_chunks = max((-(-row.param.numel() // CHUNK) for row in rows), default=0)
+    return [*map(_signed, (*addresses, chunk_sums.data_ptr())), last, columns, most_chunks]
 
 
 def _signed(address: int) -> int:

@@ -72,6 +72,7 @@ class Launch(NamedTuple):
     types: tuple[torch.dtype, ...]  # of parameters, and of moments where the kernel takes them
     amsgrad: bool
     master: bool  # whether the state has the rest of the parameters' fp32 values
+    record: bool  # whether the step is recorded
     programs: int
     kept: tuple[Any, ...]  # arguments that are the same at every step
 
@@ -142,10 +143,12 @@ def _launches(a: Arguments) -> tuple[list[Launch], list[Launch]]:
         if a.normed:
             kept = a.tensors, a.chunks, a.ints, a.squares, a.partials, a.tickets, a.generation
             kept += *order, a.groups, a.scopes, types[0]
-            norms.append(Launch(kernels.norm_kernel, bucket.kind[:1], False, False, bucket.programs, kept))
+            norms.append(
+                Launch(kernels.norm_kernel, bucket.kind[:1], False, False, False, bucket.programs, kept)
+            )
         kept = a.tensors, a.chunks, a.ints, a.floats, a.rates, a.counts, a.used, a.squares, a.tickets
-        kept += a.generation, *order, a.groups, a.scopes, a.phases, a.rows, *types
-        flags = bucket.amsgrad, bucket.master
+        kept += a.generation, a.ring, *order, a.groups, a.scopes, a.phases, a.rows, *types
+        flags = bucket.amsgrad, bucket.master, a.recorded
         updates.append(Launch(kernels.step_kernel, bucket.kind, *flags, bucket.programs, (*kept, *flags)))
     return norms, updates
 
@@ -160,10 +163,11 @@ def launch(launch: Launch, arguments: tuple[Any, ...], device: torch.device) -> 
     No value is compiled in, so what was compiled once is right for all that follows. That look, a key from
     types and values of twenty arguments, is most of a launch.
     """
-    key = launch.kernel, launch.types, launch.amsgrad, launch.master, device
+    flags = launch.amsgrad, launch.master, launch.record
+    key = launch.kernel, launch.types, *flags, device
     compiled = _compiled.get(key)
     if compiled is None:
-        options = _options(device.type, launch.amsgrad, launch.master)
+        options = _options(device.type, *flags)
         launched = launch.kernel[(launch.programs,)](*arguments, **options)
         # None in the interpreter; Triton 3.9 may compile in the background
         wait = getattr(launched, "result", None)
@@ -173,7 +177,7 @@ def launch(launch: Launch, arguments: tuple[Any, ...], device: torch.device) -> 
 
 
 @cache
-def _options(device_type: str, amsgrad: bool, master: bool) -> dict[str, Any]:
+def _options(device_type: str, amsgrad: bool, master: bool, record: bool) -> dict[str, Any]:
     if device_type == "cpu":
         return {}
-    return _kernels().options(_target(), amsgrad, master)
+    return _kernels().options(_target(), amsgrad, master, record)

@@ -46,6 +46,11 @@ THREADS = 128
 LANES = tl.constexpr(512)
 SCOPE_LANES = tl.constexpr(128)
 SUMS = tl.constexpr(1024)
+# tensors whose sums are recorded at once, and chunks of each that are added at once
+RECORDED_TENSORS = tl.constexpr(32)
+RECORDED_CHUNKS = tl.constexpr(32)
+# above the places of all tensors of a group
+NO_PLACE = tl.constexpr(2**31)
 CLIP_EPS = tl.constexpr(reference.CLIP_EPS)
 Z_EPS = tl.constexpr(reference.Z_EPS)
 # the interpreter truncates fp32 to bf16, where hardware rounds
@@ -65,6 +70,9 @@ MASTER_PARAM = tl.constexpr(_TENSORS.index("master_param"))
 STEP = tl.constexpr(_TENSORS.index("step"))
 NUMEL = tl.constexpr(_TENSORS.index("numel"))
 GROUP_OF = tl.constexpr(_TENSORS.index("group"))
+PLACE = tl.constexpr(_TENSORS.index("place"))
+COLUMN = tl.constexpr(_TENSORS.index("column"))
+FIRST_CHUNK = tl.constexpr(_TENSORS.index("slot"))
 
 CHUNK_COLUMNS = tl.constexpr(len(_CHUNKS))
 TENSOR = tl.constexpr(_CHUNKS.index("tensor"))
@@ -109,6 +117,28 @@ MAX_GRAD_NORM = tl.constexpr(_SCOPE_FLOATS.index("max_grad_norm"))
 WARMUP_STEPS = tl.constexpr(_SCOPE_FLOATS.index("warmup_steps"))
 Z_THRESH = tl.constexpr(_SCOPE_FLOATS.index("z_thresh"))
 ONE_ALPHA = tl.constexpr(_SCOPE_FLOATS.index("one_alpha"))
+
+_RING = columns.RING
+RING_STEPS = tl.constexpr(_RING.index("steps"))
+RING_INTS = tl.constexpr(_RING.index("ints"))
+RING_USED = tl.constexpr(_RING.index("used"))
+RING_SUMS = tl.constexpr(_RING.index("sums"))
+CHUNK_SUMS = tl.constexpr(_RING.index("chunk_sums"))
+RING_LAST = tl.constexpr(_RING.index("last"))
+RING_COLUMNS = tl.constexpr(_RING.index("columns"))
+MOST_CHUNKS = tl.constexpr(_RING.index("most_chunks"))
+RECORDED_ROWS = tl.constexpr(len(columns.RECORDED))
+RECORDED_METRICS = tl.constexpr(len(columns.METRICS))
+RECORDED_SKIP = tl.constexpr(columns.RECORDED.index("skip"))
+SUM_ROWS = tl.constexpr(len(columns.SUMS))
+OF_GRAD = tl.constexpr(columns.SUMS.index("grad"))
+OF_CHANGE = tl.constexpr(columns.SUMS.index("change"))
+OF_BEFORE = tl.constexpr(columns.SUMS.index("before"))
+
+STALE = tl.constexpr(columns.COUNTS.index("stale"))
+NONFINITE = tl.constexpr(columns.COUNTS.index("nonfinite"))
+NONFINITE_STEP = tl.constexpr(columns.COUNTS.index("nonfinite_step"))
+FOUND = tl.constexpr(columns.COUNTS.index("found"))
 
 USED_LR = tl.constexpr(columns.USED.index("lr"))
 USED_NORM = tl.constexpr(columns.USED.index("grad_norm"))
@@ -217,13 +247,19 @@ def update_tile(
     first,
     left,
     s,
+    unscale,
     PARAMS: tl.constexpr,
     MOMENTS: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr,
+    RECORD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """AdamW on a tile of a tensor from element `first`: `left` elements, or a whole tile if aligned."""
+    """AdamW on a tile of a tensor from element `first`: `left` elements, or a whole tile if aligned.
+
+    Returns the squares of gradients, changes and what was before, where they are to be recorded, else
+    anything.
+    """
     factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2 = s
     inside = tl.arange(0, NARROW) < left
     ps = at(tl.load(row + PARAM), first, PARAMS, ALIGNED)
@@ -241,6 +277,8 @@ def update_tile(
     else:
         p = read(ps, inside, ALIGNED)
     g = read(at(g, first, PARAMS, ALIGNED), inside, ALIGNED)
+    before = p
+    unscaled = g * unscale
     m = read(ms, inside, ALIGNED)
     v = read(vs, inside, ALIGNED)
     v_max = tl.full(v.shape, -1.0, tl.float32)
@@ -265,10 +303,35 @@ def update_tile(
             tl.store(rests, rest, mask=inside)
     else:
         write(ps, p, inside, PARAMS, ALIGNED)
+        p = narrow(p, PARAMS).to(tl.float32)
     write(ms, m, inside, MOMENTS, ALIGNED)
     write(vs, v, inside, MOMENTS, ALIGNED)
     if AMSGRAD:
         tl.store(v_maxs, narrow(v_max, MOMENTS), mask=kept)
+    change = (p - before) * (p - before)
+    if RECORD and not ALIGNED:
+        # where nothing was read the formula may give nan
+        change = tl.where(inside, change, 0.0)
+    return unscaled * unscaled, change, before * before
+
+
+@triton.jit
+def look_at(gradient, begin, left, unscale, found, place, PARAMS: tl.constexpr):
+    """The sum of squares of a chunk's unscaled gradient, which is not used in this step; notes at `found` if
+    it is not finite.
+    """
+    squares = tl.zeros([NARROW], tl.float32)
+    bad = tl.zeros([NARROW], tl.float32)
+    lanes = tl.arange(0, NARROW)
+    for i in range(NARROW_TILES):
+        inside = i * NARROW + lanes < left
+        g = read(at(gradient, begin + i * NARROW, PARAMS, False), inside, False)
+        bad = tl.where(tl.abs(g) < float("inf"), bad, 1.0)
+        squares += (g * unscale) * (g * unscale)
+    # the first tensor of the group has the largest of these
+    if tl.sum(bad) != 0:
+        tl.atomic_max(found, NO_PLACE - place, sem="relaxed")
+    return tl.sum(squares)
 
 
 @triton.jit
@@ -427,7 +490,7 @@ def is_last(ticket, programs):
 
 # no value and no address is compiled in: a new step, tensor or group never recompiles
 _TABLES = ("gradients", "active", "tensors", "chunks", "ints", "floats", "rates")
-_COUNTERS = ("counts", "used", "squares", "partials", "tickets", "generation", "made_for")
+_COUNTERS = ("counts", "used", "squares", "partials", "tickets", "generation", "ring", "made_for")
 _LENGTHS = ("first", "programs", "groups", "scopes", "phases", "count")
 _RUNTIME = (*_TABLES, *_COUNTERS, "grad_scale", "found_inf", *_LENGTHS)
 
@@ -508,11 +571,12 @@ def step_kernel(
     ints,  # int64: (groups, GROUP_INTS), (scopes, SCOPE_INTS), (phases, PHASE_INTS)
     floats,  # fp32: (groups, GROUP_FLOATS), (scopes, SCOPE_FLOATS), (phases, PHASE_FLOATS), tables
     rates,  # fp32 (groups,): rates that are given as numbers
-    counts,  # int64 (4, groups): k, skipped, skips_in_row, stale
-    used,  # fp32 (11, groups): columns.USED
+    counts,  # int64 (COUNTS, groups)
+    used,  # fp32 (USED, groups)
     squares,  # fp32 (scopes,)
     tickets,  # int32 (2,)
     generation,  # int32 (1,): of the tensors and tables
+    ring,  # int64 (RING,): where the step is recorded, if it is
     made_for,  # the generation this launch was made for
     first,  # row of the launch's first chunk
     programs,  # of all step launches of the step
@@ -524,11 +588,12 @@ def step_kernel(
     MOMENTS: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MASTER: tl.constexpr,
+    RECORD: tl.constexpr,
 ):
     """One optimizer step on the tensors of a bucket; the last program of all buckets counts it."""
     if tl.load(generation) != made_for:
         if (first == 0) & (tl.program_id(0) == 0):
-            stale = counts + 3 * groups
+            stale = counts + STALE * groups
             before = tl.load(stale)
             # every thread reads the counter, one writes it
             tl.debug_barrier()
@@ -565,8 +630,16 @@ def step_kernel(
         tl.store(own + HELD * groups, held)
         tl.store(own + SKIP * groups, tl.where(skip, 1.0, 0.0))
     row, gradient, begin, left = place(chunk, tensors, gradients)
+    unscale = tl.div_rn(1.0, tl.load(grad_scale))
+    # sums of squares of the chunk, where they are recorded
+    of_grad = 0.0
+    of_change = 0.0
+    of_before = 0.0
+    if (left > 0) & steps & skip:
+        found = counts + FOUND * groups + group
+        of_grad = look_at(gradient, begin, left, unscale, found, tl.load(row + PLACE), PARAMS)
     if (left > 0) & steps & (~skip):
-        s = scalars(row, group_floats, lr, tl.div_rn(1.0, tl.load(grad_scale)) * coef)
+        s = scalars(row, group_floats, lr, unscale * coef)
         addresses = gradient | tl.load(row + PARAM) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
         if AMSGRAD:
             addresses = addresses | tl.load(row + MAX_EXP_AVG_SQ)
@@ -574,24 +647,64 @@ def step_kernel(
             # a parameter has one of the two, the other is 0
             addresses = addresses | tl.load(row + PARAM_REMAINDER) | tl.load(row + MASTER_PARAM)
         wide = tl.where(addresses % 16 == 0, left // WIDE * WIDE, 0)
+        grads = tl.zeros([WIDE], tl.float32)
+        changes = tl.zeros([WIDE], tl.float32)
+        befores = tl.zeros([WIDE], tl.float32)
         for i in range(WIDE_TILES):
             if i * WIDE < wide:
-                update_tile(row, gradient, begin + i * WIDE, WIDE, s, PARAMS, MOMENTS, AMSGRAD, MASTER, True)
+                squares_of = update_tile(
+                    row,
+                    gradient,
+                    begin + i * WIDE,
+                    WIDE,
+                    s,
+                    unscale,
+                    PARAMS,
+                    MOMENTS,
+                    AMSGRAD,
+                    MASTER,
+                    RECORD,
+                    True,
+                )
+                if RECORD:
+                    grads += squares_of[0]
+                    changes += squares_of[1]
+                    befores += squares_of[2]
+        more_grads = tl.zeros([NARROW], tl.float32)
+        more_changes = tl.zeros([NARROW], tl.float32)
+        more_befores = tl.zeros([NARROW], tl.float32)
         for i in range(NARROW_TILES):
             if (wide <= i * NARROW) & (i * NARROW < left):
-                update_tile(
+                squares_of = update_tile(
                     row,
                     gradient,
                     begin + i * NARROW,
                     left - i * NARROW,
                     s,
+                    unscale,
                     PARAMS,
                     MOMENTS,
                     AMSGRAD,
                     MASTER,
+                    RECORD,
                     False,
                 )
+                if RECORD:
+                    more_grads += squares_of[0]
+                    more_changes += squares_of[1]
+                    more_befores += squares_of[2]
+        if RECORD:
+            of_grad = tl.sum(grads) + tl.sum(more_grads)
+            of_change = tl.sum(changes) + tl.sum(more_changes)
+            of_before = tl.sum(befores) + tl.sum(more_befores)
+    if RECORD:
+        sums = tl.load(ring + CHUNK_SUMS).to(tl.pointer_type(tl.float32)) + tl.load(chunk + SLOT)
+        tl.store(sums + OF_GRAD * programs, of_grad)
+        tl.store(sums + OF_CHANGE * programs, of_change)
+        tl.store(sums + OF_BEFORE * programs, of_before)
     if is_last(tickets + 1, programs):
+        if RECORD:
+            record_step(gradients, active, tensors, ints, counts, used, ring, groups, programs, count)
         count_step(
             gradients,
             active,
@@ -605,6 +718,69 @@ def step_kernel(
             scopes,
             count,
         )
+
+
+@triton.jit
+def record_step(gradients, active, tensors, ints, counts, used, ring, groups, programs, count):
+    """Fill the row of the ring that is this step's; before the step is counted."""
+    steps = tl.load(ring + RING_STEPS).to(tl.pointer_type(tl.int64))
+    number = tl.load(steps)
+    columns = tl.load(ring + RING_COLUMNS)
+    most_chunks = tl.load(ring + MOST_CHUNKS)
+    at = number % tl.load(ring + RING_LAST)
+    to_ints = tl.load(ring + RING_INTS).to(tl.pointer_type(tl.int64)) + at * (1 + groups)
+    to_used = tl.load(ring + RING_USED).to(tl.pointer_type(tl.float32)) + at * RECORDED_ROWS * groups
+    to_sums = tl.load(ring + RING_SUMS).to(tl.pointer_type(tl.float32)) + at * SUM_ROWS * columns
+    lanes = tl.arange(0, LANES)
+    begin = 0
+    while begin < SUM_ROWS * columns:
+        none = tl.full([LANES], -1.0, tl.float32)
+        tl.store(to_sums + begin + lanes, none, mask=begin + lanes < SUM_ROWS * columns)
+        begin += LANES
+    begin = 0
+    while begin < groups:
+        inside = begin + lanes < groups
+        group = tl.where(inside, begin + lanes, 0)
+        took_part = tl.load(active + tl.load(ints + group * GROUP_INTS + SCOPE_OF)) != 0
+        k = tl.load(counts + group)
+        tl.store(to_ints + 1 + group, tl.where(took_part, k, -1), mask=inside)
+        for i in tl.static_range(RECORDED_METRICS):
+            x = tl.load(used + i * groups + group)
+            tl.store(to_used + i * groups + group, tl.where(took_part, x, float("nan")), mask=inside)
+        skip = tl.load(used + SKIP * groups + group)
+        tl.store(
+            to_used + RECORDED_SKIP * groups + group, tl.where(took_part, skip, float("nan")), mask=inside
+        )
+        begin += LANES
+    # all have read which step it is, and columns without a tensor are marked
+    tl.debug_barrier()
+    tl.store(to_ints, number)
+    tl.store(steps, number + 1)
+    chunk_sums = tl.load(ring + CHUNK_SUMS).to(tl.pointer_type(tl.float32))
+    rows = tl.arange(0, RECORDED_TENSORS)
+    chunks = tl.arange(0, RECORDED_CHUNKS)
+    begin = 0
+    if columns == 0:
+        begin = count
+    while begin < count:
+        inside = begin + rows < count
+        tensor = tl.where(inside, begin + rows, 0)
+        row = tensors + tensor * TENSOR_COLUMNS
+        scope = tl.load(ints + tl.load(row + GROUP_OF) * GROUP_INTS + SCOPE_OF)
+        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0)
+        slot = tl.load(row + FIRST_CHUNK)
+        length = tl.where(inside, (tl.load(row + NUMEL) + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS, 0)
+        column = tl.load(row + COLUMN)
+        for i in tl.static_range(SUM_ROWS):
+            total = tl.zeros([RECORDED_TENSORS, RECORDED_CHUNKS], tl.float32)
+            done = 0
+            while done < most_chunks:
+                chunk = done + chunks[None, :]
+                pointers = chunk_sums + i * programs + slot[:, None] + chunk
+                total += tl.load(pointers, mask=chunk < length[:, None], other=0.0)
+                done += RECORDED_CHUNKS
+            tl.store(to_sums + i * columns + column, tl.sum(total, axis=1), mask=inside)
+        begin += RECORDED_TENSORS
 
 
 @triton.jit
@@ -638,7 +814,13 @@ def count_step(
         k = tl.load(ks, mask=inside, other=0)
         tl.store(ks, k + (1 - skipped), mask=inside)
         totals = ks + groups
-        tl.store(totals, tl.load(totals, mask=inside, other=0) + skipped, mask=inside)
+        total = tl.load(totals, mask=inside, other=0)
+        tl.store(totals, total + skipped, mask=inside)
+        found = tl.load(ks + FOUND * groups, mask=inside, other=0)
+        named = inside & (found != 0)
+        tl.store(ks + NONFINITE * groups, NO_PLACE + 1 - found, mask=named)
+        tl.store(ks + NONFINITE_STEP * groups, k + total, mask=named)
+        tl.store(ks + FOUND * groups, tl.zeros([LANES], tl.int64), mask=named)
         runs = totals + groups
         tl.store(runs, (tl.load(runs, mask=inside, other=0) + 1) * skipped, mask=inside)
         begin += LANES
@@ -671,7 +853,7 @@ def count_step(
         begin += SCOPE_LANES
 
 
-def options(target: GPUTarget, amsgrad: bool, master: bool) -> dict[str, int | bool]:
+def options(target: GPUTarget, amsgrad: bool, master: bool, record: bool = False) -> dict[str, int | bool]:
     """Compiler options of a launch; nothing is left to defaults that decide about bits."""
     chosen: dict[str, int | bool] = {"num_stages": 1, "enable_fp_fusion": False}
     chosen["num_warps"] = THREADS // target.warp_size
@@ -679,5 +861,5 @@ def options(target: GPUTarget, amsgrad: bool, master: bool) -> dict[str, int | b
         # ptxas stops at 80 registers by itself and spills for it. As many programs fit at 96 as at 88, which
         # holds everything but on sm_100 and later, where one program less fits
         plain = 96 if target.arch < 100 else 104
-        chosen["maxnreg"] = 128 if amsgrad or master else plain
+        chosen["maxnreg"] = 128 if amsgrad or master or record else plain
     return chosen

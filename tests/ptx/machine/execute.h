@@ -100,6 +100,28 @@ struct Machine {
         for (auto& w : b.warps) w.bar = 0, list(w);
     }
 
+    // What an atomic leaves where `old` was. 32-bit numbers keep their sign where their type has one.
+    static u64 combined(const Instruction& i, u64 old, u64 x) {
+        const bool is_signed = i.ty == S32 || i.ty == S64;
+        const auto less = [&](u64 a, u64 b) {
+            return is_signed ? sign_extended(a, i.ty) < sign_extended(b, i.ty) : a < b;
+        };
+        switch (i.mode) {
+            case A_ADD:
+                return old + x;
+            case A_EXCH:
+                return x;
+            case A_OR:
+                return old | x;
+            case A_AND:
+                return old & x;
+            case A_MAX:
+                return less(old, x) ? x : old;
+            default:
+                return less(x, old) ? x : old;
+        }
+    }
+
     void atom(Warp& w, const Instruction& i, u32 m, u32 pc) {
         Block& b = *w.block;
         const u64 *base = values_of(w, i.base), *value = values_of(w, i.s[0]);
@@ -112,31 +134,13 @@ struct Machine {
                 continue;
             }
             u64 address = base[lane] + u64(i.off);
-            Allocation* a = checked(address, 4, pc, tid);
-            if (!a || !aligned(address, 4, pc, tid)) continue;
-            u32* p = reinterpret_cast<u32*>(address);
-            u32 old = *p, x = u32(value[lane]), now = 0;
-            switch (i.mode) {
-                case A_ADD:
-                    now = old + x;
-                    break;
-                case A_EXCH:
-                    now = x;
-                    break;
-                case A_OR:
-                    now = old | x;
-                    break;
-                case A_AND:
-                    now = old & x;
-                    break;
-                case A_MAX:
-                    now = i.ty == S32 ? u32(std::max(int32_t(old), int32_t(x))) : std::max(old, x);
-                    break;
-                case A_MIN:
-                    now = i.ty == S32 ? u32(std::min(int32_t(old), int32_t(x))) : std::min(old, x);
-                    break;
-            }
-            *p = now;
+            const int bytes = bytes_of(i.ty);
+            Allocation* a = checked(address, bytes, pc, tid);
+            if (!a || !aligned(address, bytes, pc, tid)) continue;
+            u64 old = 0;
+            std::memcpy(&old, reinterpret_cast<const void*>(address), size_t(bytes));
+            const u64 now = combined(i, old, zero_extended(value[lane], bytes));
+            std::memcpy(reinterpret_cast<void*>(address), &now, size_t(bytes));
             Thread& t = b.threads[tid & 1023];
             if (settings.races) {
                 Cell& c = a->cells[(address - a->begin) / u64(a->granule)];

@@ -441,7 +441,7 @@ struct Parser {
                 ins.ns = ins.vec;
                 for (int i = 0; i < ins.vec; ++i) ins.s[i] = operand(ss[i], ins.ty, line);
             } else {
-                if (ins.space != GLOBAL || bytes_of(ins.ty) != 4 || ins.ty == F32)
+                if (ins.space != GLOBAL || bytes_of(ins.ty) < 4 || ins.ty == F32 || ins.ty == F64)
                     fail(line, "atomic not modelled: " + s);
                 bool red = name == "red";
                 if (!red) ins.nd = 1, ins.d[0] = reg(ops[0], line);
