@@ -39,7 +39,8 @@ class Notes:
 
     def clear(self, kept: Collection[int] = ()) -> None:
         """Begin the next step; `kept`: ids of the groups whose assigned lr is still to be used."""
-        self.lr_assigned.intersection_update(kept)
+        if self.lr_assigned:
+            self.lr_assigned.intersection_update(kept)
         self.lr_written_back.clear()
         self.others_assigned = False
 
@@ -177,7 +178,8 @@ class ParamGroup(dict[str, Any]):
         """Put the optimizer's own rate into `lr`."""
         dict.__setitem__(self, "lr", lr)
         self.shown_lr = lr
-        self._notes.lr_assigned.discard(id(self))
+        if self._notes.lr_assigned:
+            self._notes.lr_assigned.discard(id(self))
 
     def set_quietly(self, key: str, value: Any) -> None:
         """Set a value as the optimizer itself does: not an assignment from outside."""

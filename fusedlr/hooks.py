@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -12,9 +12,6 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 Closure = Callable[[], Any]
-
-# the context of a step without hooks; one for all, because to make it takes 0.3 us
-NONE = nullcontext()
 
 
 def wanted(optimizer: Optimizer) -> bool:

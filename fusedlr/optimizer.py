@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -216,36 +217,39 @@ class FusedAdamW(Optimizer):
         >>> a.tolist(), b.round(decimals=3).tolist()
         ([1.0, 1.0, 1.0], [0.5, 0.5, 0.5])
         """
-        hooked = hooks.wanted(self)
-        with hooks.around(self, closure, only) if hooked else hooks.NONE as left:
-            closure, only = left if left is not None else (closure, only)
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            with self._lock:
-                planner, before = self._planner, self._counts.k
-                plan, groups = planner.plan, self.param_groups
-                try:
-                    signals = self._signals(only)
-                    if plan is None or self._notes.changed or not plan.watch.unchanged(groups, self.state):
-                        # None if this step was only to allocate the state
-                        plan = planner.plan_for(groups, self.state, signals)
-                    if plan is not None:
-                        run = plan.stepper.update if planner.is_measured(plan, signals) else plan.stepper.step
-                        planner.made(plan, run(signals), signals)
-                except BaseException:
-                    # an interrupt may come when the step is made and the host does not know of it
-                    made = self._counts.recover(before)
-                    if made is not None and plan is not None and planner.plan is plan:
-                        planner.made(plan, made, signals)
-                    raise
-                finally:
-                    planner.release()
-        return loss
+        if not hooks.wanted(self):
+            return self._unhooked_step(closure, only)
+        with hooks.around(self, closure, only) as (closure, only):
+            return self._unhooked_step(closure, only)
 
     # tells torch.optim.Optimizer that the hooks are dispatched here
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _unhooked_step(self, closure: Callable[[], Any] | None, only: Any) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._lock:
+            planner, before = self._planner, self._counts.k
+            plan, groups = planner.plan, self.param_groups
+            try:
+                signals = self._signals(only)
+                if plan is None or self._notes.changed or not plan.watch.unchanged(groups, self.state):
+                    # None if this step was only to allocate the state
+                    plan = planner.plan_for(groups, self.state, signals)
+                if plan is not None:
+                    run = plan.stepper.update if planner.is_measured(plan, signals) else plan.stepper.step
+                    planner.made(plan, run(signals), signals)
+            except BaseException:
+                # an interrupt may come when the step is made and the host does not know of it
+                made = self._counts.recover(before)
+                if made is not None and plan is not None and planner.plan is plan:
+                    planner.made(plan, made, signals)
+                raise
+            finally:
+                planner.release()
+        return loss
 
     def _signals(self, only: Any) -> Signals:
         scale, inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -332,7 +336,7 @@ class FusedAdamW(Optimizer):
             ValueError: an option is out of range or parameters are duplicate. Nothing has been added then.
         """
         # torch's constructor adds the first groups, when there is neither a lock nor counts
-        with self.__dict__.get("_lock", hooks.NONE):
+        with self.__dict__.get("_lock", nullcontext()):
             before = self.param_groups
             group = checked_group(
                 param_group, self.defaults, self._settings["schedule"], before, joint=self._joint

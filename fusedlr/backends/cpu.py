@@ -100,8 +100,7 @@ class CpuStepper:
 
     def norm(self, signals: Signals) -> None:
         """Write the scopes' sums of squares."""
-        _, *given = self._given(signals)
-        self._compiled.run(compiled.cpu.NORM, self._counted.at, *given)
+        self._run(compiled.cpu.NORM, self._counted.at, signals)
 
     def update(self, signals: Signals) -> Made:
         """Decide, update and count."""
@@ -120,10 +119,10 @@ class CpuStepper:
         """Run stages that write to the parameters."""
         self._last = signals
         self._inputs.increment_versions(signals.allowed_groups(self._groups))
-        return Made(*self._compiled.run(stages, *self._given(signals)))
+        return Made(*self._run(stages, self._inputs.gradients_at, signals))
 
-    def _given(self, signals: Signals) -> tuple[Any, ...]:
-        """What the compiled stages are given anew at every step."""
+    def _run(self, stages: int, gradients_at: int, signals: Signals) -> Any:
+        """Run compiled stages with what is new in this step."""
         inputs, rates = self._inputs, self._inputs.rates_at
         if self._rates:
             # kept until the next step, because the stages are given its address
@@ -132,14 +131,15 @@ class CpuStepper:
                 self._given_rates[i] = lr.item()
             rates = self._given_rates.buffer_info()[0]
         scale, inf, stepped, only = signals.grad_scale, signals.found_inf, signals.stepped, signals.only
-        return (
-            inputs.gradients_at,
+        return self._compiled.run(
+            stages,
+            gradients_at,
             rates,
             None if scale is None else float(scale),
             inf is not None and float(inf) != 0,
             torch.get_num_threads(),
             None if stepped is None else [x != 0 for x in stepped.tolist()],
-            [x != 0 for x in only.tolist()] if isinstance(only, Tensor) else only,
+            only if only is None or isinstance(only, tuple) else [x != 0 for x in only.tolist()],
         )
 
 
