@@ -142,7 +142,9 @@ def checked(saved: Any, groups: int, params: int) -> dict[str, Any]:
     """
     if not isinstance(saved, Mapping):
         raise ValueError(f"record={arguments.shown(saved)} of the loaded state dict is not a dict")
-    found = {name: saved.get(name) for name in ("steps", "ints", "used", "sums", "params", "rank")}
+    found: dict[str, Any] = {
+        name: saved.get(name) for name in ("steps", "ints", "used", "sums", "params", "rank")
+    }
     arguments.count("steps of the loaded record", found["steps"])
     if found["rank"] is not None:
         arguments.count("rank of the loaded record", found["rank"])

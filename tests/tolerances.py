@@ -84,6 +84,9 @@ GPU_STEP = 1.5e-6
 
 # what a step used, the rate, the norm and its coefficient, relative: the rate is off by up to 8 ulp, 9.5e-7
 GPU_USED = 1e-6
+# recorded sums of squares, relative; of changes, which are differences of rounded parameters
+GPU_SUMS = 2e-5
+GPU_CHANGES = 1e-3
 # 16-bit parameters and moments: each step rounds once, and may round the other way where fp32 was nearly a
 # tie; so off by a unit per step, and by any in this share of the elements per step (measured: 1 %), or in two
 # of a few

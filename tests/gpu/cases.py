@@ -214,6 +214,45 @@ GPU_CASES |= {
 }
 
 
+# what is recorded: rows of a ring that is shorter than the run, and one that is not filled
+
+
+def _spoil_and_leave_out(optimizer: Any, k: int, params: list[Tensor]) -> None:
+    if k == 1:
+        params[2].grad.view(-1)[-1] = math.nan
+        params[5].grad.fill_(math.inf)
+    if k == 2:
+        params[0].grad = params[6].grad = None
+
+
+_RECORD: dict[str, Any] = {**CLIP, "record": fusedlr.Record(last=3)}
+GPU_CASES |= {
+    **{
+        f"{name}, record": GpuCase(_sizes(*SIZES, dtype=dtype), _RECORD, 5, _spoil_and_leave_out)
+        for dtype, name in ((F32, "fp32"), (BF16, "bf16"), (F16, "fp16"))
+    },
+    **{
+        f"{name}, master, record": GpuCase(
+            _sizes(*SIZES, dtype=dtype), {**_RECORD, "master_weights": True}, 5, _spoil_and_leave_out
+        )
+        for dtype, name in ((BF16, "bf16"), (F16, "fp16"))
+    },
+    "record, gradients off alignment": GpuCase(_sizes(*SIZES), _RECORD, grad_offset=1),
+    "record, tails": GpuCase(_both_betas(*TAILS), {**_RECORD, "max_grad_norm": 0.5}, steps=2),
+    "record, 40 chunks": GpuCase(_sizes(160_000, 3), _RECORD, 2),
+    "record, no tensors": GpuCase(_sizes(7, 5000), {**CLIP, "record": fusedlr.Record(2, tensors=False)}),
+    "record, scaler": GpuCase(_sizes(7, 5000), _RECORD, 7, _SCALED, grad_size=1000.0),
+    "record, scaler, no clipping": GpuCase(_sizes(7, 5000), {"record": fusedlr.Record()}, 7, _SCALED),
+    # more columns, groups and tensors than a block has threads or a program has lanes
+    "record, 600 groups": GpuCase(
+        lambda make: [{"params": [make(1 + i % 3)], "lr": 0.001 * (1 + i)} for i in range(600)],
+        {"schedule": None, **_RECORD},
+        2,
+        large=True,
+    ),
+}
+
+
 # groups
 
 
@@ -222,6 +261,18 @@ def _some_without(optimizer: Any, k: int, params: list[Tensor]) -> None:
         params[0].grad = params[1].grad = None
     if k == 2:
         params[-1].grad = None
+
+
+GPU_CASES["record, skips of independent groups"] = GpuCase(
+    lambda make: [
+        {"params": [make(7), make(4097)], "max_grad_norm": 1.0},
+        {"params": [make(9), make(100)], "max_grad_norm": 2.0},
+        {"params": [make(3)], "max_grad_norm": None},
+    ],
+    {"groups": "independent", "record": fusedlr.Record()},
+    4,
+    _spoil_scopes,
+)
 
 
 def _adapters(make: Make) -> list[dict[str, Any]]:

@@ -12,10 +12,19 @@ import torch
 from gpu import cases as gpu_cases
 from gpu.cases import BF16, F16, F32
 from gpu.steps import MOMENTS, whole_values
-from tolerances import GPU_16_BIT_SHARE, GPU_RMS_FLOOR, GPU_RMS_RATIO, GPU_STEP, GPU_USED
+from tolerances import (
+    GPU_16_BIT_SHARE,
+    GPU_CHANGES,
+    GPU_RMS_FLOOR,
+    GPU_RMS_RATIO,
+    GPU_STEP,
+    GPU_SUMS,
+    GPU_USED,
+)
 from torch import Tensor
 
-from fusedlr.columns import METRICS
+from fusedlr.columns import METRICS, SUMS
+from fusedlr.record import Ring
 
 from . import driver
 
@@ -23,6 +32,8 @@ from . import driver
 _SUITE_STEPS = 4
 # tensors with fewer elements say nothing of an average
 _ENOUGH = 500
+# of the sum of all changes of 16-bit parameters
+_ROUNDED = 0.02
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,10 @@ class Outcome:
     counts: Tensor
     used: Tensor  # without the norms, which are
     norms: Tensor
+    # the tensors of the ring, empty where there is none
+    recorded_ints: Tensor
+    recorded_used: Tensor
+    recorded_sums: Tensor
 
     @staticmethod
     def of(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Outcome:
@@ -55,11 +70,18 @@ class Outcome:
             counters.counts.clone(),
             counters.used[: len(METRICS)].clone(),
             counters.norms.clone(),
+            *_recorded(counters.ring),
         )
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """Parameters and moments, by name."""
         return {name: getattr(self, name) for name in ("params", *MOMENTS)}
+
+
+def _recorded(ring: Ring | None) -> list[Tensor]:
+    if ring is None:
+        return [torch.empty(0)] * 3
+    return [x.clone() for x in (ring.ints, ring.used, ring.sums)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +144,7 @@ def bits_differ(a: Outcome, b: Outcome) -> str | None:
         for i, (x, y) in enumerate(zip(tensors, getattr(b, name), strict=True)):
             if not torch.equal(bits(x), bits(y)):
                 return f"the bits of {name}[{i}] depend on the order"
-    for field in fields(Outcome)[-3:]:
+    for field in fields(Outcome)[-6:]:
         if not torch.equal(bits(getattr(a, field.name)), bits(getattr(b, field.name))):
             return f"the bits of {field.name} depend on the order"
     return None if a.updates == b.updates else "updates of tensors depend on the order"
@@ -135,13 +157,12 @@ def leaves_reference(ours: Outcome, case: Case) -> str | None:
         return f"updates {ours.updates[:9]} instead of {theirs.updates[:9]}"
     if not torch.equal(ours.counts, theirs.counts):
         return f"counts {ours.counts[:, :6].tolist()} instead of {theirs.counts[:, :6].tolist()}"
-    used, wanted = ours.used.double(), theirs.used.double()
-    if _nonfinite_differ(used, wanted):
-        return f"used {used[:, :6].tolist()} instead of {wanted[:, :6].tolist()}"
-    finite = wanted.isfinite()
-    off = ((used - wanted).abs() / wanted.abs().clamp(min=1e-30))[finite]
-    if off.numel() and off.max() > GPU_USED:
-        return f"used {used[:, :4].tolist()} instead of {wanted[:, :4].tolist()}"
+    for name in ("used", "recorded_used"):
+        used, wanted = getattr(ours, name).double(), getattr(theirs, name).double()
+        if _nonfinite_differ(used, wanted) or _apart(used, wanted) > GPU_USED:
+            return f"{name} {used[..., :6].tolist()} instead of {wanted[..., :6].tolist()}"
+    if (why := _sums_differ(ours, theirs)) is not None:
+        return why
     if _norms_differ(ours.norms.double(), theirs.norms):
         return f"norms {ours.norms[:, :4].tolist()} instead of {theirs.norms[:, :4].tolist()}"
     for name, tensors in ours.tensors().items():
@@ -153,6 +174,34 @@ def leaves_reference(ours: Outcome, case: Case) -> str | None:
         for i, (x, y, z) in enumerate(zip(tensors, reference, exact, strict=True)):
             if (why := _tensor_differs(x, y, z, case.steps, largest)) is not None:
                 return f"{name}[{i}] of {x.numel()} elements: {why}"
+    return None
+
+
+def _apart(x: Tensor, y: Tensor, least: float = 1e-30) -> float:
+    """How far finite numbers are from others, relative to these, or to `least` where they are below it."""
+    off = ((x - y).abs() / y.abs().clamp(min=max(least, 1e-30)))[y.isfinite()]
+    return float(off.max()) if off.numel() else 0.0
+
+
+def _sums_differ(ours: Outcome, theirs: Outcome) -> str | None:
+    """Whether other sums of squares are recorded, in words, or None."""
+    if not torch.equal(ours.recorded_ints, theirs.recorded_ints):
+        return f"recorded {ours.recorded_ints.tolist()} instead of {theirs.recorded_ints.tolist()}"
+    sums, wanted = ours.recorded_sums.double(), theirs.recorded_sums.double()
+    if not sums.numel():
+        return None
+    if _nonfinite_differ(sums, wanted) or not torch.equal(sums < 0, wanted < 0):
+        return f"recorded sums {sums[..., :4].tolist()} instead of {wanted[..., :4].tolist()}"
+    for row, name in enumerate(SUMS):
+        x, y = sums[:, row], wanted[:, row]
+        # a 16-bit change may be that of the next number, so that only all together are alike
+        rounded = name == "change" and any(p.dtype != F32 for p in ours.params)
+        if rounded:
+            x, y = x.clamp(min=0).sum(), y.clamp(min=0).sum()
+        most = GPU_SUMS if name != "change" else _ROUNDED if rounded else GPU_CHANGES
+        # of a tensor of a few elements they may cancel
+        if _apart(x, y, least=0.01 * float(y[y.isfinite()].max())) > most:
+            return f"recorded sums of {name} {x[..., :6].tolist()} instead of {y[..., :6].tolist()}"
     return None
 
 

@@ -34,7 +34,7 @@ from .machine import Machine
 ARCHS = (80, 90)
 BACKENDS = ("cuda", "triton")
 # what a step writes before it reads it
-TRACKED = ("partials", "squares")
+TRACKED = ("partials", "squares", "chunk_sums")
 
 # kernel -> its PTX; of CUDA's all kernels of one type of parameters together
 Texts = dict[str, str]
@@ -321,3 +321,6 @@ class Driver:
         for i, rate in step._rate_tensors:
             yield f"lr[{i}]", rate
         yield "copies of lr", step._copied_rates
+        ring = step._arguments.recorded
+        if ring is not None:
+            yield from (("ring's " + name, getattr(ring, name)) for name in ("steps", "ints", "used", "sums"))

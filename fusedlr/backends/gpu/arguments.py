@@ -17,6 +17,7 @@ from fusedlr.backends.gpu.graphs import Graphs
 from fusedlr.backends.gpu.tables import Layout, Packed, pack_ring, pack_row
 from fusedlr.backends.order import CountedGradients
 from fusedlr.columns import SUMS
+from fusedlr.record import Ring
 from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, capturing, move
 
 
@@ -42,7 +43,8 @@ class Arguments(NamedTuple):
     phases: int
     rows: int
     normed: bool  # whether a scope needs a norm
-    recorded: bool  # whether steps are recorded
+    chunk_sums: Tensor  # fp32 (SUMS, programs): of every chunk, by slot, if steps are recorded
+    recorded: Ring | None  # where steps are recorded; here, so that it lives as long as captured launches
 
 
 class NewArguments(NamedTuple):
@@ -265,7 +267,8 @@ class StepArguments:
                 phases=packed.phases,
                 rows=len(self._rows),
                 normed=normed,
-                recorded=bool(self._ring_table),
+                chunk_sums=self._chunk_sums,
+                recorded=counters.ring,
             )
             self._made_from = made_from
         self._options_changed = False

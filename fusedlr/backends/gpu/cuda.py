@@ -177,10 +177,12 @@ def launcher(arguments: Arguments, loaded: dict[str, int], size: str, *, table: 
     for bucket in arguments.layout.buckets:
         param, moments = (_NAMES[dtype] for dtype in bucket.kind)
         norm = loaded[kernels.name_of_norm(param, size)]
-        flags = {"master": bucket.master, "record": arguments.recorded}
+        flags = {"master": bucket.master, "record": arguments.recorded is not None}
         update = loaded[kernels.name_of_step(param, moments, bucket.amsgrad, size, **flags)]
         buckets.append((norm, update, bucket.first, bucket.programs))
     tensors = {name: x.data_ptr() for name, x in arguments._asdict().items() if isinstance(x, Tensor)}
+    # the ring's table has its address
+    del tensors["chunk_sums"]
     return compiled.cuda.Launcher(
         **tensors,
         made_for=arguments.made_for,

@@ -158,9 +158,15 @@ def images(
     """The kernels of all types for launches of one size: from the cache, or compiled now and kept there."""
     text, headers = sources()
     cache = Cache.of_user()
-    flags = {"master": master, "record": record}
     keys = {
-        type_: key_of(text, headers, OPTIONS, kernel_names(type_, size, **flags), nvrtc.version, arch)
+        type_: key_of(
+            text,
+            headers,
+            OPTIONS,
+            kernel_names(type_, size, master=master, record=record),
+            nvrtc.version,
+            arch,
+        )
         for type_ in types(master=master)
     }
     kept = {type_: cache.read(key) for type_, key in keys.items()}
@@ -175,7 +181,9 @@ def images(
         announced.start()
         try:
             with ThreadPoolExecutor(len(missing)) as pool:
-                made = pool.map(lambda type_: compile_(nvrtc, arch, type_, size, **flags), missing)
+                made = pool.map(
+                    lambda type_: compile_(nvrtc, arch, type_, size, master=master, record=record), missing
+                )
                 kept.update(zip(missing, made, strict=True))
         finally:
             announced.cancel()

@@ -148,7 +148,7 @@ def _launches(a: Arguments) -> tuple[list[Launch], list[Launch]]:
             )
         kept = a.tensors, a.chunks, a.ints, a.floats, a.rates, a.counts, a.used, a.squares, a.tickets
         kept += a.generation, a.ring, *order, a.groups, a.scopes, a.phases, a.rows, *types
-        flags = bucket.amsgrad, bucket.master, a.recorded
+        flags = bucket.amsgrad, bucket.master, a.recorded is not None
         updates.append(Launch(kernels.step_kernel, bucket.kind, *flags, bucket.programs, (*kept, *flags)))
     return norms, updates
 
