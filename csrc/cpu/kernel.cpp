@@ -71,60 +71,21 @@ bool finite(const Span& span) {
     return !bad;
 }
 
-template <class R>
-double squares(const R* x, int64_t n) {
-    R lane[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        for (int j = 0; j < kLanes; ++j) lane[j] += x[i + j] * x[i + j];
-    for (int j = 0; i + j < n; ++j) lane[j] += x[i + j] * x[i + j];
-    double sum = 0;
-    for (int j = 0; j < kLanes; ++j) sum += lane[j];
-    return sum;
-}
-
 // what the state has of a parameter's value; Rest is void* where it has nothing
 template <class P, class Rest>
 Rest* rest_of(const Span& span) {
     return reinterpret_cast<Rest*>(span.state[std::is_same<P, F16>() ? k_master_param : k_param_remainder]);
 }
 
-// the numbers that a step computes with for its parameters
-template <class R, class P, class Rest>
-void values_of(const Span& span, R* values) {
-    const P* const p = reinterpret_cast<const P*>(span.p);
-    for (int64_t i = 0; i < span.n; ++i) {
-        if constexpr (std::is_same<Rest, void*>())
-            values[i] = load(p[i]);
-        else
-            values[i] = load_whole(p[i], rest_of<P, Rest>(span)[i]);
-    }
-}
-
-template <class P, class Rest>
-void record_before(const Span& span, void* values, Sums& sums) {
-    using R = typename Wider<P, P>::type;
-    R* const before = reinterpret_cast<R*>(values);
-    values_of<R, P, Rest>(span, before);
-    sums.of[k_before] += squares(before, span.n);
-}
-
-template <class P, class Rest>
-void record_after(const Span& span, void* values, Sums& sums) {
-    using R = typename Wider<P, P>::type;
-    R* const change = reinterpret_cast<R*>(values);
-    R after[kRecordedAtOnce];
-    values_of<R, P, Rest>(span, after);
-    for (int64_t i = 0; i < span.n; ++i) change[i] = after[i] - change[i];
-    sums.of[k_change] += squares(change, span.n);
-}
-
-template <class P, class Rest>
-constexpr Recorder recorder_of = {record_before<P, Rest>, record_after<P, Rest>};
+// One element: what a step computes with for the parameter, before and after.
+template <class R>
+struct Seen {
+    R before, after;
+};
 
 // Rest is RestOf<P> where the state has it, else void*
-template <class P, class M, bool AMSGRAD, class Rest>
-void update(const Span& span, const Scalars<double>& scalars) {
+template <class P, class M, bool AMSGRAD, class Rest, bool RECORD>
+void update(const Span& span, const Scalars<double>& scalars, Sums* sums) {
     using R = typename Wider<P, M>::type;
     P* const ps = reinterpret_cast<P*>(span.p);
     const P* const gs = reinterpret_cast<const P*>(span.g);
@@ -133,59 +94,90 @@ void update(const Span& span, const Scalars<double>& scalars) {
     M* const v_maxs = reinterpret_cast<M*>(span.state[k_max_exp_avg_sq]);
     Rest* const rests = rest_of<P, Rest>(span);
     const Scalars<R> s = rounded<R>(scalars);
-    // an element depends on none but its own, whatever the tensors share
-#pragma GCC ivdep
-    for (int64_t i = 0; i < span.n; ++i) {
+    const auto element = [=](int64_t i) {
         R p, m = load(ms[i]), v = load(vs[i]);
         if constexpr (std::is_same<Rest, void*>())
             p = load(ps[i]);
         else
             p = load_whole(ps[i], rests[i]);
+        const R before = p;
         R v_max = AMSGRAD ? R(load(v_maxs[i])) : R(0);
         adamw<R>(p, load(gs[i]), m, v, AMSGRAD ? &v_max : nullptr, s);
-        if constexpr (std::is_same<Rest, void*>())
-            store(ps[i], p);
-        else
+        if constexpr (std::is_same<Rest, void*>()) {
+            P stored;
+            store(stored, p);
+            ps[i] = stored, p = load(stored);
+        } else {
             store_whole(ps[i], rests[i], float(p));
+        }
         store(ms[i], m), store(vs[i], v);
         if (AMSGRAD) store(v_maxs[i], v_max);
+        return Seen<R>{before, p};
+    };
+    if (!RECORD) {
+        // an element depends on none but its own, whatever the tensors share
+#pragma GCC ivdep
+        for (int64_t i = 0; i < span.n; ++i) element(i);
+        return;
+    }
+    for (int64_t begin = 0; begin < span.n; begin += kBlock) {
+        const int64_t end = std::min(span.n, begin + kBlock);
+        R changes[kLanes] = {}, befores[kLanes] = {};
+        int64_t i = begin;
+        for (; i + kLanes <= end; i += kLanes) {
+#pragma GCC ivdep
+            for (int j = 0; j < kLanes; ++j) {
+                const Seen<R> x = element(i + j);
+                changes[j] += (x.after - x.before) * (x.after - x.before);
+                befores[j] += x.before * x.before;
+            }
+        }
+        for (int j = 0; i + j < end; ++j) {
+            const Seen<R> x = element(i + j);
+            changes[j] += (x.after - x.before) * (x.after - x.before);
+            befores[j] += x.before * x.before;
+        }
+        R change = 0, before = 0;
+        for (int j = 0; j < kLanes; ++j) change += changes[j], before += befores[j];
+        sums->of[k_change] += change, sums->of[k_before] += before;
     }
 }
 
 template <class P, class M, class Rest>
-Update update_with(bool amsgrad) {
-    return amsgrad ? update<P, M, true, Rest> : update<P, M, false, Rest>;
+Update update_with(bool amsgrad, bool record) {
+    if (record) return amsgrad ? update<P, M, true, Rest, true> : update<P, M, false, Rest, true>;
+    return amsgrad ? update<P, M, true, Rest, false> : update<P, M, false, Rest, false>;
 }
 
 // moments are fp64, fp32 or of the parameter's type
 template <class P, class Rest>
-Update update_with(Type state, bool amsgrad) {
+Update update_with(Type state, bool amsgrad, bool record) {
     switch (state) {
         case kF64:
-            return update_with<P, double, Rest>(amsgrad);
+            return update_with<P, double, Rest>(amsgrad, record);
         case kF32:
-            return update_with<P, float, Rest>(amsgrad);
+            return update_with<P, float, Rest>(amsgrad, record);
         default:
-            return update_with<P, P, Rest>(amsgrad);
+            return update_with<P, P, Rest>(amsgrad, record);
     }
 }
 
 template <class P>
-Update update_with(Type state, bool amsgrad, bool master) {
-    return master ? update_with<P, typename RestOf<P>::Type>(state, amsgrad)
-                  : update_with<P, void*>(state, amsgrad);
+Update update_with(Type state, bool amsgrad, bool master, bool record) {
+    return master ? update_with<P, typename RestOf<P>::Type>(state, amsgrad, record)
+                  : update_with<P, void*>(state, amsgrad, record);
 }
 
-Update update_for(Type param, Type state, bool amsgrad, bool master) {
+Update update_for(Type param, Type state, bool amsgrad, bool master, bool record) {
     switch (param) {
         case kF64:
-            return update_with<double, void*>(state, amsgrad);
+            return update_with<double, void*>(state, amsgrad, record);
         case kF32:
-            return update_with<float, void*>(state, amsgrad);
+            return update_with<float, void*>(state, amsgrad, record);
         case kBF16:
-            return update_with<BF16>(state, amsgrad, master);
+            return update_with<BF16>(state, amsgrad, master, record);
         default:
-            return update_with<F16>(state, amsgrad, master);
+            return update_with<F16>(state, amsgrad, master, record);
     }
 }
 
@@ -215,30 +207,12 @@ bool (*finite_for(Type param))(const Span& span) {
     }
 }
 
-template <class P>
-Recorder recorder_with(bool master) {
-    return master ? recorder_of<P, typename RestOf<P>::Type> : recorder_of<P, void*>;
-}
-
-Recorder recorder_for(Type param, bool master) {
-    switch (param) {
-        case kF64:
-            return recorder_of<double, void*>;
-        case kF32:
-            return recorder_of<float, void*>;
-        case kBF16:
-            return recorder_with<BF16>(master);
-        default:
-            return recorder_with<F16>(master);
-    }
-}
-
 }  // namespace
 
 #define FUSEDLR_NAME_(isa) #isa
 #define FUSEDLR_NAME(isa) FUSEDLR_NAME_(isa)
 extern const Kernel kernel;
-const Kernel kernel = {FUSEDLR_NAME(FUSEDLR_ISA), sum_of_squares_for, update_for, finite_for, recorder_for};
+const Kernel kernel = {FUSEDLR_NAME(FUSEDLR_ISA), sum_of_squares_for, update_for, finite_for};
 
 }  // namespace FUSEDLR_ISA
 }  // namespace fusedlr

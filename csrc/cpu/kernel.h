@@ -15,8 +15,6 @@ struct Span {
 };
 
 using SumOfSquares = double (*)(const Span& span, double factor);
-using Update = void (*)(const Span& span, const Scalars<double>& scalars);
-
 // sums of squares, as columns.SUMS has them
 struct Sums {
     double of[kSums];
@@ -26,15 +24,8 @@ struct Sums {
     }
 };
 
-// elements of a tensor that are recorded at once: they stay in the first cache
-constexpr int64_t kRecordedAtOnce = 1024;
-
-// The two functions that record an update, of at most that many elements, from both of its sides. `values`
-// has room for as many numbers of the precision of the arithmetic.
-struct Recorder {
-    void (*before)(const Span& span, void* values, Sums& sums);
-    void (*after)(const Span& span, void* values, Sums& sums);
-};
+// adds the squares of changes, and of what was before, to `sums`, where the function records
+using Update = void (*)(const Span& span, const Scalars<double>& scalars, Sums* sums);
 
 struct Kernel {
     const char* name;
@@ -42,11 +33,10 @@ struct Kernel {
     // tensors), with the same bits on every instruction set
     SumOfSquares (*sum_of_squares)(Type param);
     // the function that updates a tensor, with or without a maximum of the second moments, and a 16-bit one
-    // with or without the rest of its fp32 value
-    Update (*update)(Type param, Type state, bool amsgrad, bool master);
+    // with or without the rest of its fp32 value; what it does is recorded or not
+    Update (*update)(Type param, Type state, bool amsgrad, bool master, bool record);
     // the function that looks whether all gradients are finite
     bool (*(*finite)(Type param))(const Span& span);
-    Recorder (*recorder)(Type param, bool master);
 };
 
 namespace baseline {

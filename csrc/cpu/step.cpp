@@ -44,9 +44,8 @@ Stepper::Stepper(std::vector<Row> rows, size_t groups, const Counters& counters,
         const bool amsgrad = row.states[k_max_exp_avg_sq];
         const bool master = row.states[k_param_remainder] || row.states[k_master_param];
         tensors_.push_back({kernel.sum_of_squares(row.param),
-                            kernel.update(row.param, row.state, amsgrad, master),
+                            kernel.update(row.param, row.state, amsgrad, master, records_tensors()),
                             kernel.finite(row.param),
-                            kernel.recorder(row.param, master),
                             false,
                             false,
                             {}});
@@ -133,23 +132,8 @@ void Stepper::update_chunk(Chunk& chunk, const Inputs& inputs) {
     }
     if (tensor.skipped)
         chunk.nonfinite = !tensor.finite(whole);
-    else if (records_tensors())
-        update_recorded(chunk, tensor, inputs.gradients[chunk.row]);
     else
-        tensor.update(whole, tensor.scalars);
-}
-
-void Stepper::update_recorded(Chunk& chunk, const Tensor& tensor, uintptr_t gradient) {
-    double values[kRecordedAtOnce];
-    const int64_t end = chunk.begin + chunk.n;
-    for (int64_t begin = chunk.begin; begin < end; begin += kRecordedAtOnce) {
-        Chunk part = chunk;
-        part.begin = begin, part.n = std::min(kRecordedAtOnce, end - begin);
-        const Span at = span(part, gradient);
-        tensor.recorder.before(at, values, chunk.sums);
-        tensor.update(at, tensor.scalars);
-        tensor.recorder.after(at, values, chunk.sums);
-    }
+        tensor.update(whole, tensor.scalars, &chunk.sums);
 }
 
 // A scope that may make the step does if one of its tensors has a gradient, or if it always does.

@@ -125,7 +125,6 @@ class Stepper {
         SumOfSquares sum_of_squares;
         Update update;
         bool (*finite)(const Span& span);
-        Recorder recorder;
         bool active;   // whether this step updates it
         bool skipped;  // whether it would have
         Scalars<double> scalars;
@@ -136,7 +135,6 @@ class Stepper {
     void decide(const Inputs& inputs);
     void judge_norm(size_t scope, bool found_inf);
     void update_chunk(Chunk& chunk, const Inputs& inputs);
-    void update_recorded(Chunk& chunk, const Tensor& tensor, uintptr_t gradient);
     void begin_recording();
     void record_group(size_t group, bool skip);
     void finish();

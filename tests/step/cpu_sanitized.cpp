@@ -59,7 +59,9 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
                         sizes[i],
                         allocate(sizes[i], size_of(param)),
                         {},
-                        allocate(1, sizeof(float))});
+                        allocate(1, sizeof(float)),
+                        int64_t(i),
+                        int64_t(n - 1 - i)});
         for (int j = 0; j < kStates; ++j) {
             const bool rest =
                 (j == k_param_remainder && param == kBF16) || (j == k_master_param && param == kF16);
@@ -70,14 +72,22 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
         }
         gradients.push_back(allocate(sizes[i], size_of(param)));
     }
-    std::vector<int64_t> k(3), skipped(3), in_row(3);
+    std::vector<int64_t> k(3), skipped(3), in_row(3), nonfinite(3), nonfinite_step(3);
     std::vector<double> lr(3), norm(3), coef(3), limit(3), squares(3);
     std::vector<std::vector<double>> norms(kUsed - k_seen, std::vector<double>(3));
-    Counters counters = {k.data(),      skipped.data(), in_row.data(), lr.data(),
-                         norm.data(),   coef.data(),    limit.data(),  {},
-                         squares.data()};
+    Counters counters = {
+        k.data(),      skipped.data(), in_row.data(), nonfinite.data(), nonfinite_step.data(),
+        lr.data(),     norm.data(),    coef.data(),   limit.data(),     {},
+        squares.data()};
     for (size_t i = 0; i < norms.size(); ++i) counters.norms[i] = norms[i].data();
-    Stepper stepper(rows, 3, counters, kernel);
+    // some record, into a ring of fewer steps than there are
+    constexpr size_t kLast = 5;
+    std::vector<int64_t> steps(1), ints(kLast * 4);
+    std::vector<double> used(kLast * kRecorded * 3), sums(kLast * kSums * n);
+    Ring ring;
+    if (threads != 2)
+        ring = {steps.data(), ints.data(), used.data(), sums.data(), int64_t(kLast), int64_t(n)};
+    Stepper stepper(rows, 3, counters, ring, kernel);
     const auto schedule = std::make_shared<Schedule<double>>(every_shape());
     const size_t of_last = joint ? 0 : 2;
     const Group first = {schedule, 0.1, 0.9, 0.999, 1e-8, 0.1, false, 0};
@@ -101,6 +111,7 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
         // a step without gradients reads and writes no tensor
         if (!joint) stepper.run(kNorm | kUpdate, {missing.data(), rates.data(), 1, false, threads});
     }
+    if (ring.steps && steps[0] != (joint ? kSteps : 2 * kSteps)) std::abort();
     if (k[0] != kSteps - 1 || k[1] != (joint ? kSteps - 1 : 0) || lr[0] != 0.1) std::abort();
 }
 

@@ -391,6 +391,9 @@ class CompiledStep:
             "counts": self.counters.counts.data_ptr(),
             "used": self.counters.used.data_ptr(),
             "squares": self.counters.squares.data_ptr(),
+            "places": [0, 0],
+            "columns": [0, 0],
+            "ring": None,
         }
 
     def stepper(self, **changes: Any) -> Any:
