@@ -6,7 +6,7 @@ from typing import Any
 
 from .providers import BASELINE
 
-_HIDDEN = ("seconds", "passed", "runs")
+_HIDDEN = ("seconds", "passed", "runs", "rows")
 
 
 def short(result: dict[str, Any]) -> str:
@@ -25,6 +25,7 @@ def markdown(results: dict[str, Any]) -> str:
     for name in ("benchmark", "compiled"):
         for run in results.get(name, {}).get("runs", []):
             lines += ["", *_run(run, results.get("launches", {}))]
+    lines += _variants(results.get("variants", {}).get("rows", []))
     lines += _end_to_end(results.get("end to end", {}))
     return "\n".join(lines) + "\n"
 
@@ -79,6 +80,23 @@ def _run(run: dict[str, Any], launches: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"| {name} | not timed: {_cell(why)} | | | | | | |" for name, why in run["rejected"].items()]
+    return lines
+
+
+def _variants(rows: list[dict[str, Any]]) -> list[str]:
+    """The kernels with other numbers in them: a line per variant and type of the parameters."""
+    if not rows:
+        return []
+    lines = ["", "## The kernels with other numbers in them", ""]
+    lines += ["| | | step us | replay us | replay, share of bandwidth |", "|---|---|---|---|---|"]
+    for row in rows:
+        timed = {key: value for key, value in row.items() if "replay ms" in value}
+        for name, found in timed.items():
+            times = f"{1e3 * found['step ms']:.0f} | {1e3 * found['replay ms']:.1f}"
+            lines.append(f"| {row['variant']} | {name} | {times} | {found['share of bandwidth']:.0%} |")
+        if not timed:
+            found = {key: value for key, value in row.items() if key != "variant"}
+            lines.append(f"| {row['variant']} | not timed: {_cell(found)} | | | |")
     return lines
 
 

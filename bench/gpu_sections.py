@@ -22,7 +22,7 @@ import torch
 import fusedlr
 from fusedlr import backends
 
-from . import endtoend, graphs, parity, providers, syncs
+from . import endtoend, graphs, parity, providers, syncs, variants
 from . import step as step_bench
 from .environment import ROOT, environment
 from .providers import BASELINE, PROVIDERS, Provider
@@ -328,6 +328,23 @@ def replay_one(provider: Provider, inventory: Inventory, clip: bool, settings: S
     return {"ms": graphs.replay_ms(stepper.capturable, device, repeats)}
 
 
+def compare_variants(settings: Settings) -> Result:
+    """The kernels with other numbers in them: on a GPU gated and timed, on the CPU a few of them without."""
+    chosen = variants.VARIANTS
+    if settings.on_gpu:
+        chosen = tuple(variant for variant in chosen if variant.backend in here(settings.device))
+    else:
+        chosen = tuple(variant for variant in chosen if variant.name in variants.REDUCED)
+    result: Result = {"passed": True, "rows": []}
+    for variant in chosen:
+        print(f"    {variant.name}", flush=True)
+        found = variants.run(variant, settings.device)
+        result["rows"].append({"variant": variant.name, **found})
+        result["passed"] &= "error" not in found
+        settings.keep(result)
+    return result
+
+
 def end_to_end(settings: Settings) -> Result:
     """Tokens per second of a LoRA run with the Trainer."""
     why = endtoend.missing()
@@ -345,6 +362,7 @@ SECTIONS = {
     "launches": Section(count_launches, 90),
     "graph tests": Section(run_graph_tests, 150),
     "benchmark": Section(benchmark, 150),
+    "variants": Section(compare_variants, 180),
     "end to end": Section(end_to_end, 120),
     "sanitizer": Section(sanitize, 150),
     "tests": Section(run_other_tests, 240),

@@ -17,7 +17,16 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffff;
 // slots of a scope that one warp adds up: 2 per lane
-constexpr int64_t kWarpSlots = 64;
+constexpr int kWarpSlots = 64;
+// slots of a larger scope that a thread has on their way at once, and rows of tensors that it counts at once
+constexpr int kSlotsAtOnce = 16;
+constexpr int kRowsAtOnce = 2;
+// Blocks that a processor is to have room for, with moments or gradients of a type: left to itself, the
+// compiler takes registers with which one block less fits.
+template <class M>
+constexpr int kStepBlocks = sizeof(M) == 4 ? 4 : 3;
+template <class P>
+constexpr int kNormBlocks = sizeof(P) == 4 ? 6 : 8;
 // what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 constexpr float kClipEps = 1e-6f;
 // above the places of all tensors of a group
@@ -336,32 +345,43 @@ __device__ bool is_last(int32_t* ticket, int32_t programs) {
     return true;
 }
 
-// partial sums from `first` on, every `stride`-th; other blocks have written them
-__device__ float sum_slots(const float* partials, int64_t first, int64_t last, int stride) {
+// Every `stride`-th of so many partial sums, added one after the other; other blocks have written them. A
+// number of them are on their way before the first is added, and what is not there adds nothing.
+template <int at_once>
+__device__ float sum_slots(const float* partials, int left, int stride) {
     float sum = 0;
-    for (int64_t i = first; i < last; i += stride) sum += __ldcg(partials + i);
+    for (; left > 0; left -= at_once * stride, partials += at_once * stride) {
+        float x[at_once];
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) x[j] = j * stride < left ? __ldcg(partials + j * stride) : 0;
+#pragma unroll
+        for (int j = 0; j < at_once; ++j) sum += x[j];
+    }
     return sum;
 }
 
 // The sums of squares of all scopes, from those of their chunks. In which order depends on a scope's own
 // slots alone, so that its bits are the same whatever other scopes there are.
 __device__ void finish_squares(const Step& step) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
     // scopes of few slots have a warp each
     for (int32_t scope = warp; scope < step.scopes; scope += kThreads / kWarp) {
         const ScopeInts& ints = scope_ints(step)[scope];
-        if (ints.last_slot - ints.first_slot > kWarpSlots) continue;
-        const float sum = warp_sum(sum_slots(step.partials, ints.first_slot + lane, ints.last_slot, kWarp));
+        const float* const partials = step.partials + ints.first_slot;
+        const int slots = int(ints.last_slot - ints.first_slot);
+        if (slots > kWarpSlots) continue;
+        const float sum = warp_sum(sum_slots<kWarpSlots / kWarp>(partials + lane, slots - lane, kWarp));
         if (lane == 0) step.squares[scope] = sum;
     }
     // others have all threads, one after the other
     for (int32_t scope = 0; scope < step.scopes; ++scope) {
         const ScopeInts& ints = scope_ints(step)[scope];
-        if (ints.last_slot - ints.first_slot <= kWarpSlots) continue;
+        const float* const partials = step.partials + ints.first_slot;
+        const int slots = int(ints.last_slot - ints.first_slot);
+        if (slots <= kWarpSlots) continue;
         __syncthreads();
-        const int64_t first = ints.first_slot + int64_t(threadIdx.x);
-        const float sum = block_sum(sum_slots(step.partials, first, ints.last_slot, kThreads));
-        if (threadIdx.x == 0) step.squares[scope] = sum;
+        const float sum = block_sum(sum_slots<kSlotsAtOnce>(partials + thread, slots - thread, kThreads));
+        if (thread == 0) step.squares[scope] = sum;
     }
 }
 
@@ -373,45 +393,78 @@ __device__ bool skipped(const Step& step, int64_t group) {
 // a norm enters those that the ZClip of its scope has seen
 __device__ void move_norms_of(const Step& step, int64_t scope) {
     const Guard<float> guard = guard_of(step, scope);
-    if (!step.active[scope] || !(guard.one_alpha > 0)) return;
+    const bool active = step.active[scope];
     const int64_t group = scope_ints(step)[scope].first_group, groups = step.groups;
+    if (!active || !(guard.one_alpha > 0)) return;
     float* const used = step.used + group;
-    if (skipped(step, group) || !isfinite(__ldcg(used + k_grad_norm * groups))) return;
+    const bool skip = skipped(step, group);
+    const float norm = __ldcg(used + k_grad_norm * groups), held = __ldcg(used + k_held * groups);
     Norms<float> norms = norms_of(step, group);
-    move_norms(norms, __ldcg(used + k_held * groups), guard);
+    if (skip || !isfinite(norm)) return;
+    move_norms(norms, held, guard);
     used[k_seen * groups] = norms.seen;
     used[k_mean * groups] = norms.mean, used[k_mean_rest * groups] = norms.mean_rest;
     used[k_variance * groups] = norms.variance, used[k_variance_rest * groups] = norms.variance_rest;
 }
 
-// moves the counters of the groups that made the step and of the tensors that were updated, and the norms
+// Moves the counters of the groups that made the step and of the tensors that were updated, and the norms.
+// One block does it alone, so reads that do not need each other's answers are on their way together.
 template <int N>
 __device__ void count_step(const Launch<N>& launch) {
     const Step& step = launch.step;
     const int32_t groups = step.groups;
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < groups; i += kThreads) {
-        const int64_t scope = step.group_ints[i].scope;
-        if (!step.active[scope]) continue;
+        int64_t* const ks = step.counts + i;
+        int64_t *const totals = ks + k_skipped * groups, *const runs = ks + k_skips_in_row * groups;
+        const int64_t scope = step.group_ints[i].scope, k = *ks, total = *totals, run = *runs;
         const bool skip = skipped(step, i);
-        int64_t* const k = step.counts + i;
-        int64_t *const skips = k + k_skipped * groups, *const in_row = k + k_skips_in_row * groups;
-        int64_t* const found = k + k_found * groups;
-        if (const int64_t place = __ldcg(found)) {
-            k[k_nonfinite * groups] = kNoPlace - place + 1;
-            k[k_nonfinite_step * groups] = *k + *skips;
-            *found = 0;
+        const int64_t place = __ldcg(ks + k_found * groups);
+        if (!step.active[scope]) continue;
+        if (place) {
+            ks[k_nonfinite * groups] = kNoPlace - place + 1;
+            ks[k_nonfinite_step * groups] = k + total;
+            ks[k_found * groups] = 0;
         }
-        *k += !skip;
-        *skips += skip;
-        *in_row = skip ? *in_row + 1 : 0;
+        *ks = k + !skip;
+        *totals = total + skip;
+        *runs = skip ? run + 1 : 0;
     }
-    for (int32_t i = threadIdx.x; i < step.rows; i += kThreads) {
+#pragma unroll 1
+    for (int32_t first = threadIdx.x; first < step.rows; first += kRowsAtOnce * kThreads) {
+        int32_t at[kRowsAtOnce];
+        int64_t of[kRowsAtOnce];
+        float* counters[kRowsAtOnce];
+        float counts[kRowsAtOnce];
+        bool made[kRowsAtOnce];
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+            // in place of a row that is not there a thread counts its first again, which comes to the same
+            const int32_t i = first + j * kThreads;
+            at[j] = i < step.rows ? i : first, made[j] = true;
+        }
         // lanes read addresses that a launch carries one after the other: only where they must
-        if (step.some_missing && !gradient_of(launch, i)) continue;
-        const TensorRow& row = step.tensors[i];
-        const int64_t scope = step.group_ints[row.group].scope;
-        if (step.active[scope] && !skipped(step, row.group)) *pointer<float>(uint64_t(row.step)) += 1;
+        if (step.some_missing) {
+#pragma unroll
+            for (int j = 0; j < kRowsAtOnce; ++j) made[j] = gradient_of(launch, at[j]) != 0;
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+            const TensorRow& row = step.tensors[at[j]];
+            of[j] = row.group, counters[j] = pointer<float>(uint64_t(row.step));
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) {
+            made[j] &= !skipped(step, of[j]), counts[j] = read_global(counters[j]);
+            of[j] = step.group_ints[of[j]].scope;
+        }
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) made[j] &= step.active[of[j]] != 0;
+        // written whether it moves or not: a branch in between would hold up the reads
+#pragma unroll
+        for (int j = 0; j < kRowsAtOnce; ++j) write_global(counters[j], counts[j] + (made[j] ? 1.0f : 0.0f));
     }
+#pragma unroll 1
     for (int32_t i = threadIdx.x; i < step.scopes; i += kThreads) move_norms_of(step, i);
 }
 
@@ -496,10 +549,10 @@ __device__ void record_step(const Launch<N>& launch) {
     for (int32_t i = warp; columns && i < step.rows; i += kThreads / kWarp) {
         const TensorRow& tensor = step.tensors[i];
         if (!gradient_of(launch, i) || !step.active[step.group_ints[tensor.group].scope]) continue;
-        const int64_t last = tensor.slot + (tensor.numel + kChunkElements - 1) / kChunkElements;
+        const int slots = int((tensor.numel + kChunkElements - 1) / kChunkElements);
         for (int j = 0; j < kSums; ++j) {
-            const float* const of_chunks = chunk_sums + j * step.programs;
-            const float sum = warp_sum(sum_slots(of_chunks, tensor.slot + lane, last, kWarp));
+            const float* const of_chunks = chunk_sums + j * step.programs + tensor.slot;
+            const float sum = warp_sum(sum_slots<kSlotsAtOnce>(of_chunks + lane, slots - lane, kWarp));
             if (lane == 0) sums[j * columns + tensor.column] = sum;
         }
     }
@@ -514,7 +567,8 @@ __device__ void record_step(const Launch<N>& launch) {
 // The sum of squares of the unscaled gradients of every scope that needs a norm. Four elements after the
 // other are added first, whatever their type and where they lie: equal numbers have sums of equal bits.
 template <class P, int N>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Launch<N> launch) {
+__global__ void __launch_bounds__(kThreads, kNormBlocks<P>)
+    norm_kernel(const __grid_constant__ Launch<N> launch) {
     constexpr int kEach = 16 / sizeof(P), kRounds = kChunkElements / kEach / kThreads;
     const Step& step = launch.step;
     const int thread = threadIdx.x;
@@ -580,7 +634,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 
 // one optimizer step on the tensors of a bucket; the last block of all buckets counts it
 template <class P, class M, bool AMSGRAD, bool MASTER, bool RECORD, int N>
-__global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Launch<N> launch) {
+__global__ void __launch_bounds__(kThreads, RECORD ? 2 : kStepBlocks<M>)
+    step_kernel(const __grid_constant__ Launch<N> launch) {
     // 16 bytes of a moment, so that the accesses of neighbours touch
     constexpr int kEach = 16 / sizeof(M);
     const Step& step = launch.step;

@@ -170,7 +170,7 @@ def _update(code: list[str]) -> list[str]:
 
 
 def _around_ticket(names: list[str]) -> list[str]:
-    """The only atomic operation, and the barriers and fences around it."""
+    """The only atomic operation that orders others, and the barriers and fences around it."""
     kinds = {
         "bar.sync": "barrier",
         "barrier.sync": "barrier",
@@ -182,7 +182,7 @@ def _around_ticket(names: list[str]) -> list[str]:
     }
     order = [kind for name in names for start, kind in kinds.items() if name.startswith(start)]
     at = order.index("release")
-    assert sum(name.startswith("atom.") for name in names) == 1
+    assert sum(name.startswith("atom.") and ".add." in name for name in names) == 1
     return order[at - 1 : at + 3]
 
 

@@ -57,6 +57,8 @@ VARIANTS = {
     "norm fp32": ("norm", "fp32", None, None, None, None),
     "norm bf16": ("norm", "bf16", None, None, None, None),
 }
+# takes a ticket, or hands all of them back
+_TICKET = {"cuda": r"\batom\.[\w.]*\.(add|exch)\.", "hip": r"_atomic_(add|swap)"}
 # bytes of what the state has of a parameter's fp32 value
 _REST = {"bf16": 2, "fp16": 4}
 
@@ -88,13 +90,18 @@ def facts(variant: str, target_name: str) -> dict[str, Any]:
     target = TARGETS[target_name]
     asm = compiled(name, params, moments, amsgrad, master, record, target).asm
     elements = triton_kernels.WIDE.value // triton_kernels.THREADS
-    p, m = (elements * _BYTES[dtype] / _WIDE_BYTES for dtype in (params, moments or params))
-    maxima = int(bool(amsgrad))
-    # how many wide accesses it takes to read and write a tile, if none is split
-    of_state = (2 + maxima) * m + (elements * _REST[params] / _WIDE_BYTES if master else 0)
-    wanted = {"loads": 2 * p + of_state, "stores": p + of_state} if name == "step" else {"loads": p}
+    p, m = (_BYTES[dtype] for dtype in (params, moments or params))
+    state = [m] * (2 + bool(amsgrad)) + ([_REST[params]] if master else [])
+    loads, stores = ([p, p, *state], [p, *state]) if name == "step" else ([p], [])
+    # a thread has as many elements of every array as 16 bytes of the widest hold: all have the same layout
+    together = _WIDE_BYTES // max(loads)
+    wanted = {}
+    for access, arrays in (("loads", loads), ("stores", stores)):
+        for kind, size in ((access, _WIDE_BYTES), (f"{access} of half", _WIDE_BYTES // 2)):
+            wanted[kind] = sum(each * together == size for each in arrays) * elements // together
     read = _nvidia if target.backend == "cuda" else _amd
-    return {"wanted": wanted, **read(asm)}
+    of_tiles = rf"convert_layout .*tensor<{triton_kernels.WIDE.value}x"
+    return {"wanted": wanted, "converted": len(re.findall(of_tiles, asm["ttgir"])), **read(asm)}
 
 
 def _nvidia(asm: Any) -> dict[str, Any]:
@@ -105,11 +112,14 @@ def _nvidia(asm: Any) -> dict[str, Any]:
         **_resources(asm["cubin"]),
         "loads": len(loads),
         "stores": len(stores),
+        "loads of half": sum(bool(re.search(r"\bld\.global[\w.:]*\.v2\.b32", line)) for line in code),
+        "stores of half": sum(bool(re.search(r"\bst\.global[\w.:]*\.v2\.b32", line)) for line in code),
         "fp64": sum(".f64" in line for line in code),
         "local": sum(".local" in line for line in code),
         "fused": sum(bool(re.search(r"\bfma\.", line)) for line in code),
-        "ticket": [line for line in code if "atom." in line],
-        "before_ticket": _before(code, r"\batom\.", r"\bbar(rier)?\.[\w.]*sync", r"\b(ld|st)\.global"),
+        "ticket": [line for line in code if re.search(_TICKET["cuda"], line)],
+        "fences": sum(bool(re.search(r"\b(fence|membar)\.", line)) for line in code),
+        "beside_tickets": _beside(code, _TICKET["cuda"], r"\bbar(rier)?\.[\w.]*sync", r"\b(ld|st)\.global"),
     }
 
 
@@ -141,11 +151,13 @@ def _amd(asm: Any) -> dict[str, Any]:
         # tables are read by other instructions, or by scalar ones
         "loads": sum(line.startswith("buffer_load_dwordx4") for line in code),
         "stores": sum(line.startswith("buffer_store_dwordx4") for line in code),
+        "loads of half": sum(line.startswith("buffer_load_dwordx2") for line in code),
+        "stores of half": sum(line.startswith("buffer_store_dwordx2") for line in code),
         "fp64": sum(bool(re.search(r"_f64\b|_f64_", line)) for line in code),
         "local": sum("scratch_" in line for line in code),
         "fused": None,
-        "ticket": [line for line in code if re.match(r"(global|buffer|flat)_atomic", line)],
-        "before_ticket": _before(code, r"_atomic_add", r"^s_barrier", r"^(global|buffer|flat)_(load|store)"),
+        "ticket": [line for line in code if re.search(_TICKET["hip"], line)],
+        "beside_tickets": _beside(code, _TICKET["hip"], r"^s_barrier", r"^(global|buffer|flat)_(load|store)"),
     }
 
 
@@ -154,15 +166,16 @@ def _instructions(text: str, comments: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(".loc")]
 
 
-def _before(code: list[str], ticket: str, barrier: str, access: str) -> str:
-    """What comes last before the ticket: a barrier, or an access to memory that it should have waited for."""
-    at = next(i for i, line in enumerate(code) if re.search(ticket, line))
-    for line in reversed(code[:at]):
-        if re.search(barrier, line):
-            return "barrier"
-        if re.search(access, line):
-            return line
-    return "nothing"
+def _beside(code: list[str], ticket: str, barrier: str, access: str) -> list[str]:
+    """What comes last before the first ticket, and first behind the last: a barrier, or an access to memory
+    that it should have kept on its side.
+    """
+    tickets = [i for i, line in enumerate(code) if re.search(ticket, line)]
+    found = []
+    for lines in (reversed(code[: tickets[0]]), code[tickets[-1] + 1 :]):
+        line = next(line for line in lines if re.search(f"{barrier}|{access}", line))
+        found.append("barrier" if re.search(barrier, line) else line)
+    return found
 
 
 def write_ptx(folder: Path, targets: list[str]) -> None:

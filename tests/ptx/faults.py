@@ -91,7 +91,7 @@ KERNELS = {
     ),
 }
 
-_TICKET = r"\batom\.global[\w.]*"
+_TICKET = r"\batom\.global[\w.]*\.add\.[\w.]*"
 _BARRIER = r"\bbar\.sync\s+0;"
 _FENCE = r"fence\.acq_rel\.gpu;"
 # the first instruction of what looks whether addresses allow wide accesses; the update is behind it
@@ -159,15 +159,16 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tup
             yield name, (kernel.case,), put(r"atom\.global\.release\.gpu", f"atom.global.{weaker}")
         yield "no fence behind the last ticket", (kernel.case,), put(_FENCE, "")
         yield "a fence of the block's scope", (kernel.case,), put(_FENCE, "fence.acq_rel.cta;")
+        handed_back = put(r"(@%p\d+\s+)?st\.global\.[ub]32\s[^;]*;", "", 0, _TICKET)
     else:
-        for weaker in ("gpu.relaxed", "gpu.acquire", "gpu.release", "cta.acq_rel"):
-            name = f"a ticket that is {weaker} instead of gpu.acq_rel"
-            yield name, (kernel.case,), put(r"atom\.global\.gpu\.acq_rel", f"atom.global.{weaker}")
-    yield (
-        "the ticket is not handed back",
-        (kernel.case,),
-        put(r"(@%p\d+\s+)?st\.global\.[ub]32\s[^;]*;", "", 0, _TICKET),
-    )
+        for weaker in ("gpu.relaxed", "gpu.acquire", "cta.release"):
+            name = f"a ticket that is {weaker} instead of gpu.release"
+            yield name, (kernel.case,), put(r"atom\.global\.gpu\.release\.add", f"atom.global.{weaker}.add")
+        for weaker in ("gpu.relaxed", "gpu.release", "cta.acquire"):
+            name = f"a last ticket that is {weaker} instead of gpu.acquire"
+            yield name, (kernel.case,), put(r"atom\.global\.gpu\.acquire\.exch", f"atom.global.{weaker}.exch")
+        handed_back = put(r"(acquire)\.exch\.b32(\s[^;]*), %r\d+;", r"\1.add.u32\2, 0;")
+    yield "the ticket is not handed back", (kernel.case,), handed_back
     one_less = put(r"(add\.s32\s+%r\d+, %r\d+,) -1;", r"\1 -2;", 0, _TICKET)
     yield "one block too few is waited for", (kernel.case,), one_less
     yield "8 bytes are taken for aligned", (kernel.off_alignment,), put(_ALIGNMENT, r"\1 7;")

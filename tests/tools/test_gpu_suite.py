@@ -16,7 +16,8 @@ from kit import ROOT
 # bench is run from the checkout; where only the tests are, there is no bench to test
 sys.path.append(str(ROOT))
 gpu_suite = pytest.importorskip("bench.gpu_suite")
-from bench import gpu_report, gpu_sections, graphs, sanitized  # noqa: E402
+from bench import gpu_report, gpu_sections, graphs, sanitized, variants  # noqa: E402
+from bench.shapes import even  # noqa: E402
 
 # the sections that run tests or scripts take longest, and have tests of their own below
 QUICK = "environment,syncs,launches,benchmark,compiled"
@@ -89,6 +90,48 @@ def test_end_to_end(settings):
     # both trained, from the same weights on the same batches
     assert found["mean loss"]["fusedlr"] == pytest.approx(found["mean loss"]["stock"], rel=1e-4)
     assert set(found["median"]) == {"stock", "fusedlr"}
+
+
+def test_every_variant_can_be_made(tmp_path):
+    assert len({variant.name for variant in variants.VARIANTS}) == len(variants.VARIANTS)
+    for i, variant in enumerate(variants.VARIANTS):
+        folder = tmp_path / str(i)
+        variants.plant(variant, folder)
+        for name, old, new in variant.edits:
+            text = (folder / name).read_text()
+            assert new in text and old not in text
+    stale = variants.Variant("stale", "cuda", (("csrc/cuda/step.cu", "no such text", ""),))
+    with pytest.raises(ValueError, match=r"stale: csrc/cuda/step\.cu has 'no such text' 0 times"):
+        variants.plant(stale, tmp_path / "stale")
+
+
+@pytest.mark.slow
+def test_variants_in_reduced_form(settings):
+    pytest.importorskip("triton")
+    found = gpu_sections.compare_variants(settings)
+    assert found["passed"], found
+    cuda, triton = found["rows"]
+    assert set(triton) == {"variant", "float32", "bfloat16"}
+    assert triton["bfloat16"]["distance"] > triton["float32"]["distance"] > 0
+    if "left out" not in cuda["compiled"]:
+        assert cuda["compiled"]["step"]["spilled"] == 0
+    text = gpu_report.markdown({"variants": {**found, "seconds": 1.0}})
+    assert "| triton, tiles of 512 | not timed: " in text
+
+
+def test_a_table_of_timed_variants():
+    timed = variants.timed("fusedlr-reference", even(3, 300), torch.device("cpu"), "float32")
+    assert all(value > 0 for value in timed.values())
+    timed |= {"step ms": 0.5, "replay ms": 0.25, "share of bandwidth": 0.5}
+    rows = [{"variant": "one", "float32": timed}, {"variant": "two", "error": "no luck"}]
+    text = gpu_report.markdown({"variants": {"rows": rows, "passed": False, "seconds": 1.0}})
+    assert "| one | float32 | 500 | 250.0 | 50% |" in text
+    assert "| two | not timed: {'error': 'no luck'} | | | |" in text
+
+
+def test_a_variant_that_breaks_says_why():
+    broken = variants.Variant("broken", "triton", (("fusedlr/columns.py", "CHUNK = 4096", "CHUNK = ?"),))
+    assert "SyntaxError" in variants.run(broken, "cpu")["error"]
 
 
 def test_what_cannot_run_is_left_out(settings, monkeypatch):

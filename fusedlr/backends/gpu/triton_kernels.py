@@ -34,18 +34,18 @@ from fusedlr.backends.gpu.triton_math import bias_correction
 from fusedlr.backends.gpu.triton_schedule import PHASE_FLOATS, evaluate
 
 CHUNK_ELEMENTS = tl.constexpr(columns.CHUNK)
-# 8 elements per thread: two 128-bit accesses in fp32, one in 16 bits, at 63 registers (sm_90)
+# 8 elements per thread: two 128-bit accesses in fp32, one in 16 bits, or two of 64 beside fp32
 WIDE = tl.constexpr(1024)
-WIDE_TILES = tl.constexpr(columns.CHUNK // 1024)
+WIDE_TILES = tl.constexpr(columns.CHUNK // WIDE.value)
+# how often a wide tile can be halved
+HALVINGS = tl.constexpr(WIDE.value.bit_length() - 1)
 # one scalar access needs an address of its own, in two registers
 NARROW = tl.constexpr(256)
-NARROW_TILES = tl.constexpr(columns.CHUNK // 256)
+NARROW_TILES = tl.constexpr(columns.CHUNK // NARROW.value)
 THREADS = 128
-# lanes of the last programs' loops: over groups and tensors, where more take registers from all programs, and
-# over partial sums, 10,000 for 40 M elements
+# lanes of the last program's loops, over tensors and over groups or scopes: more take registers from all
 LANES = tl.constexpr(512)
 SCOPE_LANES = tl.constexpr(128)
-SUMS = tl.constexpr(1024)
 # tensors whose sums are recorded at once, and chunks of each that are added at once
 RECORDED_TENSORS = tl.constexpr(32)
 RECORDED_CHUNKS = tl.constexpr(32)
@@ -211,12 +211,14 @@ def split_whole(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def at(address, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to the elements of a tile that begins at element `first` of an array."""
+def at(address, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr, EACH: tl.constexpr):
+    """Pointers to the elements of a tile that begins at element `first` of an array. Of one that is aligned,
+    a thread gets `EACH` elements that lie together.
+    """
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-        return pointer + tl.multiple_of(first, WIDE) + tl.arange(0, WIDE)
+        return pointer + tl.multiple_of(first, WIDE) + tl.max_contiguous(tl.arange(0, WIDE), EACH)
     else:
         return pointer + first + tl.arange(0, NARROW)
 
@@ -261,22 +263,25 @@ def update_tile(
     anything.
     """
     factor, decay, lr_bc1, root_bc2, eps, one_b1, b2, one_b2 = s
+    # 16 bytes of the widest array: where a thread had more of one array than of another, numbers would change
+    # threads, through shared memory and two barriers for every such array
+    EACH: tl.constexpr = 4 if tl.float32 == MOMENTS or (MASTER and tl.float16 == PARAMS) else 8
     inside = tl.arange(0, NARROW) < left
-    ps = at(tl.load(row + PARAM), first, PARAMS, ALIGNED)
-    ms = at(tl.load(row + EXP_AVG), first, MOMENTS, ALIGNED)
-    vs = at(tl.load(row + EXP_AVG_SQ), first, MOMENTS, ALIGNED)
+    ps = at(tl.load(row + PARAM), first, PARAMS, ALIGNED, EACH)
+    ms = at(tl.load(row + EXP_AVG), first, MOMENTS, ALIGNED, EACH)
+    vs = at(tl.load(row + EXP_AVG_SQ), first, MOMENTS, ALIGNED, EACH)
     if MASTER:
         if tl.bfloat16 == PARAMS:
-            rests = at(tl.load(row + PARAM_REMAINDER), first, tl.int16, ALIGNED)
+            rests = at(tl.load(row + PARAM_REMAINDER), first, tl.int16, ALIGNED, EACH)
         else:
-            rests = at(tl.load(row + MASTER_PARAM), first, tl.float32, ALIGNED)
+            rests = at(tl.load(row + MASTER_PARAM), first, tl.float32, ALIGNED, EACH)
         if ALIGNED:
             p = whole(tl.load(ps), tl.load(rests), PARAMS)
         else:
             p = whole(tl.load(ps, mask=inside, other=0.0), tl.load(rests, mask=inside, other=0), PARAMS)
     else:
         p = read(ps, inside, ALIGNED)
-    g = read(at(g, first, PARAMS, ALIGNED), inside, ALIGNED)
+    g = read(at(g, first, PARAMS, ALIGNED, EACH), inside, ALIGNED)
     before = p
     unscaled = g * unscale
     m = read(ms, inside, ALIGNED)
@@ -285,7 +290,7 @@ def update_tile(
     if AMSGRAD:
         # a group without it may share the launch; a mask of one value leaves the accesses wide
         address = tl.load(row + MAX_EXP_AVG_SQ)
-        v_maxs = at(address, first, MOMENTS, ALIGNED)
+        v_maxs = at(address, first, MOMENTS, ALIGNED, EACH)
         # compared as a vector: the interpreter of Triton 3.9 takes a flag of one number for an integer
         if ALIGNED:
             kept = tl.zeros([WIDE], tl.int64) + address != 0
@@ -325,7 +330,7 @@ def look_at(gradient, begin, left, unscale, found, place, PARAMS: tl.constexpr):
     lanes = tl.arange(0, NARROW)
     for i in range(NARROW_TILES):
         inside = i * NARROW + lanes < left
-        g = read(at(gradient, begin + i * NARROW, PARAMS, False), inside, False)
+        g = read(at(gradient, begin + i * NARROW, PARAMS, False, 1), inside, False)
         bad = tl.where(tl.abs(g) < float("inf"), bad, 1.0)
         squares += (g * unscale) * (g * unscale)
     # the first tensor of the group has the largest of these
@@ -350,9 +355,9 @@ def square_tile(g, first, left, factor, PARAMS: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit
 def sum_of_lanes(x):
-    """The sum of 1024 numbers, pair by pair: the same bits wherever the compiler has put them."""
-    for i in tl.static_range(10):
-        x = tl.sum(tl.reshape(x, [512 >> i, 2]), axis=1)
+    """The sum of `WIDE` numbers, pair by pair: the same bits wherever the compiler has put them."""
+    for i in tl.static_range(HALVINGS):
+        x = tl.sum(tl.reshape(x, [WIDE // 2 >> i, 2]), axis=1)
     return tl.sum(x)
 
 
@@ -480,11 +485,13 @@ def scalars(row, floats, lr, factor):
 @triton.jit
 def is_last(ticket, programs):
     """Whether all other programs of the step have come here before; then the tickets start again."""
-    # every thread's reads and stores come before the ticket, which only one thread takes
+    # every thread's reads and stores come before the ticket, which one thread takes and which releases them
     tl.debug_barrier()
-    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
+    last = tl.atomic_add(ticket, 1, sem="release", scope="gpu") == programs - 1
     if last:
-        tl.store(ticket, 0)
+        # what the others have released is acquired once, and what follows waits for the thread that does it
+        tl.atomic_xchg(ticket, 0, sem="acquire", scope="gpu")
+        tl.debug_barrier()
     return last
 
 
@@ -547,15 +554,19 @@ def norm_kernel(
 def finish_squares(scope_ints, squares, partials, scopes):
     """Add up the partial sums of every scope, lane by lane and then over lanes: always in the same order."""
     scope = 0
-    lanes = tl.arange(0, SUMS)
+    lanes = tl.arange(0, WIDE)
     while scope < scopes:
         row = scope_ints + scope * SCOPE_INTS
         slot = tl.load(row + FIRST_SLOT)
         last = tl.load(row + LAST_SLOT)
-        total = tl.zeros([SUMS], tl.float32)
+        total = tl.zeros([WIDE], tl.float32)
         while slot < last:
-            total += tl.load(partials + slot + lanes, mask=slot + lanes < last, other=0.0)
-            slot += SUMS
+            # one after the other, but all on their way before the first is added
+            slots = slot + lanes
+            a = tl.load(partials + slots, mask=slots < last, other=0.0)
+            b = tl.load(partials + slots + WIDE, mask=slots + WIDE < last, other=0.0)
+            total = (total + a) + b
+            slot += 2 * WIDE
         tl.store(squares + scope, sum_of_lanes(total))
         scope += 1
 
@@ -799,42 +810,47 @@ def count_step(
 ):
     """Move the counters of the groups that made the step and of the tensors that were updated, and the norms
     of scopes with a `ZClip`.
+
+    One program does it alone: what does not need another load's answer is loaded before that is looked at.
     """
-    lanes = tl.arange(0, LANES)
+    lanes = tl.arange(0, SCOPE_LANES)
     begin = 0
     while begin < groups:
         inside = begin + lanes < groups
         group = tl.where(inside, begin + lanes, 0)
         scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
-        inside = inside & (tl.load(active + scope) != 0)
-        # of a scope that does not make the step it was not written
-        skipped = (tl.load(used + SKIP * groups + group, mask=inside, other=0.0) != 0).to(tl.int64)
+        skipped = (tl.load(used + SKIP * groups + group) != 0).to(tl.int64)
         # lanes outside point at the counters of group 0, which its own lane writes: they must not read them
         ks = counts + group
-        k = tl.load(ks, mask=inside, other=0)
-        tl.store(ks, k + (1 - skipped), mask=inside)
         totals = ks + groups
+        runs = totals + groups
+        k = tl.load(ks, mask=inside, other=0)
         total = tl.load(totals, mask=inside, other=0)
-        tl.store(totals, total + skipped, mask=inside)
+        run = tl.load(runs, mask=inside, other=0)
         found = tl.load(ks + FOUND * groups, mask=inside, other=0)
+        inside = inside & (tl.load(active + scope) != 0)
         named = inside & (found != 0)
         tl.store(ks + NONFINITE * groups, NO_PLACE + 1 - found, mask=named)
         tl.store(ks + NONFINITE_STEP * groups, k + total, mask=named)
-        tl.store(ks + FOUND * groups, tl.zeros([LANES], tl.int64), mask=named)
-        runs = totals + groups
-        tl.store(runs, (tl.load(runs, mask=inside, other=0) + 1) * skipped, mask=inside)
-        begin += LANES
+        tl.store(ks + FOUND * groups, tl.zeros([SCOPE_LANES], tl.int64), mask=named)
+        tl.store(ks, k + (1 - skipped), mask=inside)
+        tl.store(totals, total + skipped, mask=inside)
+        tl.store(runs, (run + 1) * skipped, mask=inside)
+        begin += SCOPE_LANES
+    lanes = tl.arange(0, LANES)
     begin = 0
     while begin < count:
         inside = begin + lanes < count
         tensor = tl.where(inside, begin + lanes, 0)
         row = tensors + tensor * TENSOR_COLUMNS
         group = tl.load(row + GROUP_OF)
-        scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
         ts = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
-        inside = inside & (tl.load(gradients + tensor) != 0) & (tl.load(active + scope) != 0)
-        inside = inside & (tl.load(used + SKIP * groups + group, mask=inside, other=0.0) == 0)
-        tl.store(ts, tl.load(ts, mask=inside, other=0.0) + 1.0, mask=inside)
+        gradient = tl.load(gradients + tensor)
+        scope = tl.load(ints + group * GROUP_INTS + SCOPE_OF)
+        skip = tl.load(used + SKIP * groups + group)
+        t = tl.load(ts, mask=inside, other=0.0)
+        inside = inside & (gradient != 0) & (skip == 0) & (tl.load(active + scope) != 0)
+        tl.store(ts, t + 1.0, mask=inside)
         begin += LANES
     lanes = tl.arange(0, SCOPE_LANES)
     begin = 0
@@ -861,5 +877,6 @@ def options(target: GPUTarget, amsgrad: bool, master: bool, record: bool = False
         # ptxas stops at 80 registers by itself and spills for it. As many programs fit at 96 as at 88, which
         # holds everything but on sm_100 and later, where one program less fits
         plain = 96 if target.arch < 100 else 104
-        chosen["maxnreg"] = 128 if amsgrad or master or record else plain
+        more = 168 if record else 128
+        chosen["maxnreg"] = more if amsgrad or master else 128 if record else plain
     return chosen
