@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import relative_difference
@@ -128,6 +129,28 @@ def test_a_replay_is_a_step(gpu_backend: str, capture: Any) -> None:
     assert optimizer.metrics()["step"].tolist() == [6]
     # the capture itself made no step
     assert {s["step"].item() for s in optimizer.state.values()} == {6.0}
+
+
+def test_replays_are_recorded(gpu_backend: str, capture: Any) -> None:
+    optimizer, graph = captured(gpu_backend, capture, record=fusedlr.Record(last=4))
+    other = make("reference", record=fusedlr.Record(last=4))
+    other.step()
+    for k in range(5):
+        # what is not finite is found in a replay, too
+        for o in (optimizer, other):
+            params = o.param_groups[0]["params"]
+            params[1].grad[7] = math.inf if k == 3 else 0.5
+        graph.replay()
+        other.step()
+    ours, theirs = optimizer.record(), other.record()
+    assert ours["step"].tolist() == [2, 3, 4, 5]
+    for name, values in theirs.items():
+        if isinstance(values, np.ndarray):
+            np.testing.assert_allclose(
+                ours[name].astype(float), values.astype(float), rtol=1e-5, err_msg=name
+            )
+    found = optimizer.last_metrics()
+    assert (found["nonfinite_tensor"], found["nonfinite_step"]) == ("parameter 1 of group 0", 4)
 
 
 def test_a_replay_follows_a_hyperparameter_after_one_step_outside(gpu_backend: str, capture: Any) -> None:

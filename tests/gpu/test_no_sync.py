@@ -18,6 +18,7 @@ from fusedlr import backends, reference
 from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.kept import MOMENTS
+from fusedlr.record import Ring
 
 # bench is run from the checkout; where only the tests are, there is no bench to test
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,11 @@ SCHEDULES = [
 
 
 def meta_step(
-    make: Callable[..., Any], schedule: fusedlr.Schedule, amsgrad: bool = False, clip: float | None = 1.0
+    make: Callable[..., Any],
+    schedule: fusedlr.Schedule,
+    amsgrad: bool = False,
+    clip: float | None = 1.0,
+    record: fusedlr.Record | None = None,
 ) -> None:
     """One step on tensors that have no values: whatever looks at one raises."""
 
@@ -61,13 +66,18 @@ def meta_step(
         scope=0,
     )
     counters = reference.Counters.zeros(1, torch.device("meta"))
+    if record is not None:
+        ring = Ring.empty(record, 1, torch.device("meta"), counters.used.dtype)
+        counters.ring = ring.of_params([row.owner for row in rows])
     stepper = make(rows, counters, StepInputs(rows, [0.1]))
     stepper.assign([group], [reference.Scope(clip, skip_nonfinite=True, always=True)])
     stepper.step(reference.Signals(grad_scale=tensor(1), found_inf=tensor(1)))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("options", ({}, {"amsgrad": True}, {"clip": None}), ids=repr)
+@pytest.mark.parametrize(
+    "options", ({}, {"amsgrad": True}, {"clip": None}, {"record": fusedlr.Record()}), ids=repr
+)
 def test_reference_step_runs_without_values(schedule: fusedlr.Schedule, options: dict[str, Any]) -> None:
     meta_step(reference.ReferenceStepper, schedule, **options)
 
