@@ -91,12 +91,16 @@ def watch_syncs(settings: Settings) -> Result:
     # the C++ kernel never sees a GPU, and may read a number that lies in the host's memory
     names = [name for name in runnable(settings.device) if name != "cpu"]
     found = {name: look_for_syncs(name, settings.device, steps) for name in names}
+    found |= {
+        f"{name}, record": look_for_syncs(name, settings.device, steps, record=fusedlr.Record())
+        for name in names
+    }
     return {"passed": bool(found) and all(result["passed"] for result in found.values()), **found}
 
 
-def look_for_syncs(backend: str, device: str, steps: int) -> Result:
+def look_for_syncs(backend: str, device: str, steps: int, record: fusedlr.Record | None = None) -> Result:
     """Both sync checks on a step with schedule, clipping and a scaler's flags."""
-    optimizer = make_optimizer(backend, device)
+    optimizer = make_optimizer(backend, device, record=record)
     # the first step allocates state and compiles
     optimizer.step()
     on_gpu = device == "cuda"
@@ -111,7 +115,7 @@ def look_for_syncs(backend: str, device: str, steps: int) -> Result:
     }
 
 
-def make_optimizer(backend: str, device: str) -> fusedlr.FusedAdamW:
+def make_optimizer(backend: str, device: str, **options: Any) -> fusedlr.FusedAdamW:
     """An optimizer over LoRA-like tensors with gradients, and the attributes that a GradScaler sets."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in _SHAPES]
@@ -121,6 +125,7 @@ def make_optimizer(backend: str, device: str) -> fusedlr.FusedAdamW:
         schedule=fusedlr.cosine(warmup_steps=10, total_steps=200),
         max_grad_norm=1.0,
         backend=backend,
+        **options,
     )
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(device)

@@ -88,10 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers",
         metavar="NAMES",
         help="who is timed, with commas: fused, foreach, forloop, capturable (torch), compile (minutes), "
-        "fusedlr-BACKEND, fusedlr-cpu-master (master_weights=True, for --dtype bfloat16), torchao, "
+        "fusedlr-BACKEND, fusedlr-cpu-master (master_weights=True, for --dtype bfloat16), "
+        "fusedlr-cpu-record (record=Record()), torchao, "
         "bitsandbytes, apex, optimi, deepspeed (its first use compiles C++, which takes minutes). fused "
         "is the baseline and always among them (default: all that can run here, "
-        "without compile and torchao, which compile in every run, and fusedlr-cpu-master)",
+        "without compile and torchao, which compile in every run, and fusedlr-cpu-master and -record)",
     )
     add(
         "--clip",

@@ -158,7 +158,9 @@ def _compiled(params: list[torch.nn.Parameter], clip: bool) -> Stepper:
     return Stepper(params, optimizer, step)
 
 
-def _ours(backend: str, *, master_weights: bool = False) -> Provider:
+def _ours(backend: str, tag: str = "", **options: Any) -> Provider:
+    """Ours on a backend, with more options under a `tag`."""
+
     def build(params: list[torch.nn.Parameter], clip: bool) -> Stepper:
         schedule = fusedlr.cosine(WARMUP_STEPS, TOTAL_STEPS, min_lr_ratio=MIN_LR_RATIO)
         optimizer = fusedlr.FusedAdamW(
@@ -166,8 +168,8 @@ def _ours(backend: str, *, master_weights: bool = False) -> Provider:
             **OPTIONS,
             schedule=schedule,
             max_grad_norm=MAX_NORM if clip else None,
-            master_weights=master_weights,
             backend=backend,
+            **options,
         )
         return Stepper(params, optimizer, optimizer.step, optimizer.step)
 
@@ -177,9 +179,9 @@ def _ours(backend: str, *, master_weights: bool = False) -> Provider:
             return f"FUSEDLR_BACKEND={override} overrides it"
         return backends.reasons([device])[backend]
 
-    if master_weights:
-        # only by name: in fp32 it is the same step
-        return Provider(f"fusedlr-{backend}-master", build, why_not, slow=True)
+    if tag:
+        # only by name
+        return Provider(f"fusedlr-{backend}-{tag}", build, why_not, slow=True)
     return Provider(f"fusedlr-{backend}", build, why_not)
 
 
@@ -263,7 +265,9 @@ PROVIDERS = {
         ),
         Provider("compile", _compiled, slow=True),
         *(_ours(backend) for backend in backends.BACKENDS),
-        _ours("cpu", master_weights=True),
+        # in fp32 it is the same step
+        _ours("cpu", "master", master_weights=True),
+        _ours("cpu", "record", record=fusedlr.Record()),
         # its step is compiled
         _third_party("torchao", "torchao", _torchao, slow=True),
         _third_party("bitsandbytes", "bitsandbytes", _bitsandbytes),

@@ -39,6 +39,8 @@ class GpuCase:
     grad_size: float = 1.0
     # seconds, not a fraction of one
     large: bool = False
+    # whose kernels it is for
+    backends: tuple[str, ...] = ("cuda", "triton")
 
 
 def _sizes(*shapes: Any, dtype: torch.dtype = F32, **more: Any) -> Callable[[Make], list[dict[str, Any]]]:
@@ -92,9 +94,10 @@ def _masters() -> None:
             GPU_CASES[f"{tag}, tails"] = GpuCase(
                 _both_betas(*TAILS, dtype=dtype), {**options, "max_grad_norm": 0.5}, steps=2
             )
-            GPU_CASES[f"{tag}, gradients off by 8 bytes"] = GpuCase(
-                _both_betas(5, 4096, 5000, dtype=dtype), options, grad_offset=4
-            )
+            for offset in (2, 4):
+                GPU_CASES[f"{tag}, gradients off by {2 * offset} bytes"] = GpuCase(
+                    _both_betas(5, 4096, 5000, dtype=dtype), options, grad_offset=offset
+                )
     several = lambda make: [  # noqa: E731
         {"params": [make(n, dtype) for n in (9, 4100) for dtype in (F32, BF16, F16)], "amsgrad": amsgrad}
         for amsgrad in (False, True)
@@ -183,6 +186,13 @@ _SCALED = _scaler((1024.0, 65536.0, 1.0, 3.0, 2.0**-10, None), (0.0, 1.0, math.n
 _inf, _nan = math.inf, math.nan
 GPU_CASES |= {
     "skips": GpuCase(_sizes(7, 5000), CLIP, 5, _spoil(None, _inf, _nan, None, -_inf)),
+    "amsgrad, skips": GpuCase(_sizes(7, 5000, amsgrad=True), CLIP, 3, _spoil(None, _inf)),
+    "bf16, 16-bit moments, skips": GpuCase(
+        _sizes(7, 5000, dtype=BF16), {**CLIP, "state_dtype": "param"}, 3, _spoil(None, _inf)
+    ),
+    "bf16, master, skips": GpuCase(
+        _sizes(7, 5000, dtype=BF16), {**CLIP, "master_weights": True}, 3, _spoil(None, _inf)
+    ),
     "skips without clipping": GpuCase(_sizes(7, 5000), {"nonfinite": "skip"}, 4, _spoil(_nan, None, -_inf)),
     "inf propagates": GpuCase(_sizes(7, 5000), {**CLIP, "nonfinite": "propagate"}, 3, _spoil(None, _inf)),
     "nan propagates": GpuCase(
@@ -238,6 +248,7 @@ GPU_CASES |= {
         for dtype, name in ((BF16, "bf16"), (F16, "fp16"))
     },
     "record, gradients off alignment": GpuCase(_sizes(*SIZES), _RECORD, grad_offset=1),
+    "record, gradients off by 8 bytes": GpuCase(_both_betas(5, 4096, 5000), _RECORD, grad_offset=2),
     "record, tails": GpuCase(_both_betas(*TAILS), {**_RECORD, "max_grad_norm": 0.5}, steps=2),
     "record, 40 chunks": GpuCase(_sizes(160_000, 3), _RECORD, 2),
     "record, no tensors": GpuCase(_sizes(7, 5000), {**CLIP, "record": fusedlr.Record(2, tensors=False)}),
@@ -488,10 +499,12 @@ def _many(
     ]
 
 
-def _of_all_types(amsgrad: bool) -> Callable[[Make], list[dict[str, Any]]]:
-    """One gradient more than the smaller launch of CUDA carries."""
+def _of_all_types(amsgrad: bool, count: int = 493) -> Callable[[Make], list[dict[str, Any]]]:
+    """Tensors of every type; 493 are one gradient more than the smaller launch of CUDA carries."""
     dtypes = F32, BF16, F16
-    return lambda make: [{"params": [make(1 + i % 5, dtypes[i % 3]) for i in range(493)], "amsgrad": amsgrad}]
+    return lambda make: [
+        {"params": [make(1 + i % 5, dtypes[i % 3]) for i in range(count)], "amsgrad": amsgrad}
+    ]
 
 
 def _nan_of_one_group(optimizer: Any, k: int, params: list[Tensor]) -> None:
@@ -519,6 +532,27 @@ GPU_CASES |= {
         for top in ("", "amsgrad")
         for moments in ("", "16-bit moments")
         for master in ("", "master")
+    },
+    # kernels that record, of all kinds; other compilers make them of one source, and take longer
+    **{
+        ", ".join(
+            filter(None, ("60 gradients, record" if few else "493 gradients, record", top, moments, master))
+        ): GpuCase(
+            _of_all_types(bool(top), 60 if few else 493),
+            {
+                **CLIP,
+                "state_dtype": "param" if moments else None,
+                "master_weights": bool(master),
+                "record": fusedlr.Record(2),
+            },
+            1,
+            large=True,
+            backends=("cuda",),
+        )
+        for top in ("", "amsgrad")
+        for moments in ("", "16-bit moments")
+        for master in ("", "master")
+        for few in ("", "few")
     },
     # scopes that end anywhere in a round of lanes, and more chunks than a round of unrolled loads
     "scopes of many chunks": GpuCase(

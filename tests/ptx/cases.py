@@ -93,6 +93,7 @@ class Case:
     steps: int
     large: bool = False
     of_suite: bool = False  # of cases.py, not of gpu/cases.py
+    backends: tuple[str, ...] = driver.BACKENDS  # whose kernels it is for
 
 
 def _of_suite(case: suite.Case, dtype: torch.dtype) -> Case:
@@ -115,7 +116,7 @@ def _of_gpu(name: str, case: gpu_cases.GpuCase) -> Case:
     def run(backend: str, double: bool) -> Outcome:
         return Outcome.of(*gpu_cases.run(case, backend, double))
 
-    return Case(name, run, case.steps, case.large)
+    return Case(name, run, case.steps, case.large, backends=case.backends)
 
 
 @cache

@@ -100,7 +100,11 @@ class Checks:
 
     def cases(self) -> None:
         """Every case of the shared suite: the reference's numbers, and the same bits in every order."""
-        chosen = [case for name, case in cases.all_cases().items() if self.only in name]
+        chosen = [
+            case
+            for name, case in cases.all_cases().items()
+            if self.only in name and self.backend in case.backends
+        ]
         seconds: dict[str, float] = {}
         for i, case in enumerate(chosen):
             self.progress(f"case {i + 1} of {len(chosen)}, {case.name}")

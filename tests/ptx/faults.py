@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from gpu.cases import BF16, CLIP, F32
 
+import fusedlr
+
 from . import driver
 
 # a kernel's PTX, before and after
@@ -28,10 +30,12 @@ class Kernel:
     text: str
     case: str
     tails: str
-    off_alignment: str  # by 8 bytes, where 16 are needed
+    off_alignment: str  # by the bytes that `taken` says, or by 8 where 16 are needed
     stale: tuple[torch.dtype, dict[str, Any]]  # type and options with which it makes the first launch
     scopes: str  # of more slots than a warp adds up
+    skips: str  # of which some are for gradients that are not finite
     symbol: str = r"\w+"  # among the kernels of the text
+    taken: int = 8  # bytes off alignment that the kernel cannot stand
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,53 @@ class Fault:
     edit: driver.Edit
 
 
-_FP32 = "fp32", "fp32, tails", "fp32, gradients off by 8 bytes", (F32, CLIP), "scopes of many chunks"
+_FP32 = (
+    "fp32",
+    "fp32, tails",
+    "fp32, gradients off by 8 bytes",
+    (F32, CLIP),
+    "scopes of many chunks",
+    "skips",
+)
 _TOPS = (
     "fp32, amsgrad",
     "fp32, amsgrad",
     "fp32, amsgrad, gradients off by 8 bytes",
     (F32, {**CLIP, "amsgrad": True}),
     "scopes of many chunks",
+    "amsgrad, skips",
 )
-_BF16 = "bf16", "bf16, tails", "bf16, gradients off by 8 bytes", (BF16, CLIP), "bf16, scopes of many chunks"
+_RECORD = (
+    "fp32, record",
+    "record, tails",
+    "record, gradients off by 8 bytes",
+    (F32, {**CLIP, "record": fusedlr.Record()}),
+    "scopes of many chunks",
+    "fp32, record",
+)
+_BF16 = (
+    "bf16",
+    "bf16, tails",
+    "bf16, gradients off by 8 bytes",
+    (BF16, CLIP),
+    "bf16, scopes of many chunks",
+    "bf16, master, skips",
+)
 _SMALL = (
     "bf16, 16-bit moments",
     "bf16, 16-bit moments, tails",
     "bf16, 16-bit moments, gradients off by 8 bytes",
     (BF16, {**CLIP, "state_dtype": "param"}),
     "bf16, scopes of many chunks",
+    "bf16, 16-bit moments, skips",
 )
 _MASTER = (
     "bf16, master",
     "bf16, master, tails",
-    "bf16, master, gradients off by 8 bytes",
+    "bf16, master, gradients off by 4 bytes",
     (BF16, {**CLIP, "master_weights": True}),
     "bf16, scopes of many chunks",
+    "bf16, master, skips",
 )
 KERNELS = {
     "cuda": (
@@ -74,6 +103,7 @@ KERNELS = {
         Kernel("norm bf16", "cuda bf16", *_BF16, r"\w*norm_kernelINS_4BF16ELi492E\w*"),
         Kernel("step fp32", "cuda f32", *_FP32, r"\w*step_kernelIffLb0ELb0ELb0ELi492E\w*"),
         Kernel("step fp32, amsgrad", "cuda f32", *_TOPS, r"\w*step_kernelIffLb1ELb0ELb0ELi492E\w*"),
+        Kernel("step fp32, record", "cuda f32", *_RECORD, r"\w*step_kernelIffLb0ELb0ELb1ELi492E\w*"),
         Kernel(
             "step bf16, bf16 moments",
             "cuda bf16",
@@ -86,8 +116,10 @@ KERNELS = {
         Kernel("norm bf16", "triton norm bf16 None False False False", *_BF16),
         Kernel("step fp32", "triton step fp32 fp32 False False False", *_FP32),
         Kernel("step fp32, amsgrad", "triton step fp32 fp32 True False False", *_TOPS),
+        Kernel("step fp32, record", "triton step fp32 fp32 False False True", *_RECORD),
         Kernel("step bf16, bf16 moments", "triton step bf16 bf16 False False False", *_SMALL),
-        Kernel("step bf16, master", "triton step bf16 fp32 False True False", *_MASTER),
+        # gradients are read by 8 bytes, beside moments of fp32
+        Kernel("step bf16, master", "triton step bf16 fp32 False True False", *_MASTER, taken=4),
     ),
 }
 
@@ -151,7 +183,7 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tup
     for n in range(groups):
         # what counts stale launches is the only code with a barrier before the alignment is looked at
         early = backend == "triton" and kernel.name.startswith("step") and n == 0
-        cases = (kernel.case, kernel.scopes) if kernel.name.startswith("norm") else (kernel.case,)
+        cases = kernel.case, kernel.scopes if kernel.name.startswith("norm") else kernel.skips
         yield f"barrier {n + 1} of {groups} left out", () if early else cases, put(group, "\n", n)
     if backend == "cuda":
         for weaker in ("relaxed.gpu", "acquire.gpu", "release.cta"):
@@ -171,14 +203,15 @@ def _changes(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tup
     yield "the ticket is not handed back", (kernel.case,), handed_back
     one_less = put(r"(add\.s32\s+%r\d+, %r\d+,) -1;", r"\1 -2;", 0, _TICKET)
     yield "one block too few is waited for", (kernel.case,), one_less
-    yield "8 bytes are taken for aligned", (kernel.off_alignment,), put(_ALIGNMENT, r"\1 7;")
+    aligned = put(_ALIGNMENT, rf"\1 {kernel.taken - 1};")
+    yield f"{kernel.taken} bytes are taken for aligned", (kernel.off_alignment,), aligned
     yield from _bounds(backend, kernel, text)
     if kernel.name.startswith("norm"):
         square = r"mul\.(?:rn\.)?f32(\s+%\w+), (%\w+), \2;"
         yield "a gradient that is not squared", (kernel.case,), put(square, r"mov.b32\1, \2;")
         return
     yield "no root of the sum of squares", (kernel.case,), put(r"sqrt\.rn\.f32", "mov.b32")
-    yield "counters change places", (kernel.case,), _swapped
+    yield "counters change places", (kernel.case, kernel.skips), _swapped
     yield "a root left out of the update", (kernel.case,), put(r"sqrt\.rn\.f32", "mov.b32", 0, _ALIGNMENT)
     yield "a quotient made a product", (kernel.case,), put(r"div\.rn\.f32", "mul.rn.f32", 0, _ALIGNMENT)
     wide = r"(st(?:\.global)?(?:\.cg)?\.v\d\.\w+\s+\[\s*%rd\d+)(?:\s*\+\s*(-?\d+))?\s*\]"
@@ -203,7 +236,8 @@ def _bounds(backend: str, kernel: Kernel, text: str) -> Iterator[tuple[str, tupl
         found = [bound for bound in found if re.match(r"setp\.gt\.[su]64", bound[0])]
         counted = re.compile(r"setp\.(lt)(\.s(?:32|64)\s+%p\d+, %rd?\d+, %rd?\d+;)")
     for n, bound in enumerate(bound for bound in found if start < bound.start() < stop):
-        yield f"bound {n + 1} of elements off by one", (kernel.tails, kernel.off_alignment), _at(bound)
+        cases = kernel.tails, kernel.off_alignment, kernel.skips
+        yield f"bound {n + 1} of elements off by one", cases, _at(bound)
     behind = stop if backend == "cuda" else re.search(_TICKET, text).end()  # type: ignore[union-attr]
     yield (
         "a slot, group or tensor too many at the end",
