@@ -197,9 +197,11 @@ class Driver:
     def use(self, arch: int, edit: Edit = lambda name, text: text) -> None:
         """Run the kernels of this architecture, or what `edit` makes of them."""
         self._arch = arch
+        self.machine.unload()
         for name, text in self.texts(arch).items():
             alias = f"{name} sm_{arch}" if name.startswith("triton") else ""
-            self.machine.activate(edit(name, text), alias)
+            edited = edit(name, text)
+            self.machine.activate(edited, alias, keep=edited == text)
 
     def coverage(self, backend: str) -> dict[str, tuple[int, int]]:
         """By kernel that can be launched now: instructions that have run in some launch, and all."""

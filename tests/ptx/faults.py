@@ -169,8 +169,9 @@ def _swapped(text: str) -> str:
     """The first two counters of 64 bits that one lane writes behind the ticket change places."""
     start = re.search(_TICKET, text).end()  # type: ignore[union-attr]
     stores = list(re.finditer(r"(@%p\d+ )?st\.global\.[ub]64\s+\[\s*(%rd\d+)", text[start:]))
-    own = [store for store in stores if store[1] == stores[0][1]]
-    (a, b), tail = own[:2], text[start:]
+    by_lane = [[store for store in stores if store[1] == first[1]] for first in stores]
+    a, b, *_ = next(own for own in by_lane if len(own) > 1)
+    tail = text[start:]
     tail = tail[: a.start(2)] + b[2] + tail[a.end(2) : b.start(2)] + a[2] + tail[b.end(2) :]
     return text[:start] + tail
 

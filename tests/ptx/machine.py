@@ -63,16 +63,31 @@ class Machine:
         c.machine_param_bytes.argtypes = [ctypes.c_char_p]
         c.machine_launch.argtypes = [ctypes.c_char_p, u32, u32, ctypes.c_char_p, u64, i32]
         self._loaded: dict[str, int] = {}
+        # those of faults, which nobody asks for again
+        self._passing: list[int] = []
         self._before_launch: Any = None
 
-    def activate(self, text: str, alias: str = "") -> None:
-        """Let launches find the kernels of a module, by their names or the only one by another."""
-        if text not in self._loaded:
+    def activate(self, text: str, alias: str = "", *, keep: bool = True) -> None:
+        """Let launches find the kernels of a module, by their names or the only one by another.
+
+        One that is not to be kept is there until `unload`.
+        """
+        module = self._loaded.get(text)
+        if module is None:
             module = self._library.machine_load(text.encode())
             if module < 0:
                 raise ValueError(self.error())
-            self._loaded[text] = module
-        self._library.machine_activate(self._loaded[text], alias.encode())
+            if keep:
+                self._loaded[text] = module
+            else:
+                self._passing.append(module)
+        self._library.machine_activate(module, alias.encode())
+
+    def unload(self) -> None:
+        """Forget the modules that were not to be kept."""
+        for module in self._passing:
+            self._library.machine_unload(module)
+        self._passing.clear()
 
     def before_launch(self, call: Any) -> None:
         """Have `call()` run before every launch, or nothing if it is None."""

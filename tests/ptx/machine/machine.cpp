@@ -10,6 +10,7 @@ namespace {
 
 std::vector<std::unique_ptr<Module>> modules;
 std::map<std::string, const Function*> active;  // what launches find by a kernel's name
+std::map<const Function*, std::vector<std::unique_ptr<Block>>> pools;  // blocks that have run, by kernel
 std::set<std::string> functions;                // names that cuModuleGetFunction has given handles of
 std::string last_error, text;
 using Callback = void (*)();
@@ -69,7 +70,6 @@ int launch(const std::string& name, u32 blocks, u32 threads, const void* paramet
     caches.assign(running->code.size(), Cache());
     rng_state = (settings.seed + 1) * 0x9e3779b97f4a7c15ull ^ u64(++stats.launches) * 0x2545f4914f6cdd1dull;
     if (!rng_state) rng_state = 1;
-    static std::map<const Function*, std::vector<std::unique_ptr<Block>>> pools;
     Machine machine;
     machine.dynamic_shared = dynamic;
     machine.pool = std::move(pools[running]);
@@ -103,6 +103,14 @@ API int machine_load(const char* ptx) {
 API void machine_activate(int module, const char* alias) {
     for (auto& f : modules[size_t(module)]->functions)
         active[alias && *alias ? std::string(alias) : f->name] = f.get();
+}
+// Forget a module, whose kernels are found no more.
+API void machine_unload(int module) {
+    for (auto& f : modules[size_t(module)]->functions)
+        for (auto at = active.begin(); at != active.end();)
+            at = at->second == f.get() ? active.erase(at) : std::next(at);
+    pools.clear();
+    modules[size_t(module)].reset();
 }
 API const char* machine_error() { return last_error.c_str(); }
 API void machine_clear_allocs() { allocations.clear(), names.clear(); }

@@ -40,7 +40,7 @@ struct Piece {
 };
 
 struct Parser {
-    std::vector<std::string> lines;
+    std::shared_ptr<const std::vector<std::string>> lines;
     std::map<std::string, int> module_shared;  // name -> offset
     int module_shared_bytes = 0;
     std::string extern_shared;
@@ -546,11 +546,11 @@ struct Parser {
 std::unique_ptr<Module> parse(const std::string& text) {
     auto module = std::make_unique<Module>();
     Parser p;
-    p.lines = split(text, '\n');
+    p.lines = std::make_shared<const std::vector<std::string>>(split(text, '\n'));
     // without comments, and without what is for debuggers
     std::vector<std::string> code;
     bool debug = false;
-    for (auto line : p.lines) {
+    for (auto line : *p.lines) {
         size_t slashes = line.find("//");
         if (slashes != std::string::npos) line = line.substr(0, slashes);
         std::string t = trim(line);

@@ -118,7 +118,7 @@ u32 blocks_of_launch, threads_of_launch;
 std::string where(u32 pc) {
     if (pc >= running->code.size()) return "?";
     int line = running->code[pc].line;
-    std::string s = line < int(running->lines.size()) ? running->lines[line] : "";
+    std::string s = line < int(running->lines->size()) ? (*running->lines)[size_t(line)] : "";
     size_t a = s.find_first_not_of(" \t");
     s = a == std::string::npos ? "" : s.substr(a);
     for (char& c : s)
