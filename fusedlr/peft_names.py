@@ -37,10 +37,11 @@ def adapter_of(name: str) -> str | None:
     return None if at is None else parts[at]
 
 
-def without_adapter(name: str, adapter: str) -> str:
+def without_adapter(name: str, adapter: str | int | None) -> str:
     """A parameter's name without that of its adapter: the same for the same place in every adapter.
 
-    What PEFT did not name loses the first part that is the adapter's name.
+    What PEFT did not name loses the first part that is the adapter's name. An adapter that is not called by
+    a string is in no name.
 
     >>> without_adapter("layers.0.q_proj.lora_A.first.weight", "first")
     'layers.0.q_proj.lora_A.weight'
@@ -50,7 +51,7 @@ def without_adapter(name: str, adapter: str) -> str:
     parts = name.split(".")
     at = _place_of_adapter(parts)
     if at is None or parts[at] != adapter:
-        at = parts.index(adapter) if adapter in parts else None
+        at = next((i for i, part in enumerate(parts) if part == adapter), None)
     return name if at is None else ".".join(parts[:at] + parts[at + 1 :])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedlr import arguments, checkpoint
 from fusedlr.checkpoint import Loaded
 from fusedlr.columns import STATE
-from fusedlr.groups import OWN_KEYS, ParamGroup, ScopeKey, check_rates, has_schedule
+from fusedlr.groups import ParamGroup, ScopeKey, check_rates, has_schedule
 from fusedlr.guard import to_numbers
 from fusedlr.kept import Kept
 from fusedlr.peft_names import adapter_of, without_adapter
@@ -41,7 +41,7 @@ def saved(
         "param_groups": [],
     }
     for group in groups:
-        plain = {name: _copy(value) for name, value in group.items() if name not in ("params", "param_names")}
+        plain = {name: _copy(value) for name, value in group.items()}
         if (names := _names(key, group)) is not None:
             plain["param_names"] = names
         file["param_groups"].append({**plain, "params": [ids[p] for p in group["params"]]})
@@ -65,7 +65,7 @@ def _names(key: ScopeKey, group: Mapping[str, Any]) -> list[str] | None:
     names = group.get("param_names")
     if names is None:
         return None
-    return [without_adapter(name, key) if isinstance(key, str) else name for name in names]
+    return [without_adapter(name, key) for name in names]
 
 
 def read(key: ScopeKey, groups: Sequence[ParamGroup], state_dict: Any) -> Loaded:
@@ -101,19 +101,19 @@ def _in_our_order(i: int, key: ScopeKey, mine: ParamGroup, theirs: Any) -> Any:
     params = theirs.get("params") if isinstance(theirs, Mapping) else None
     if ours is None or not isinstance(names, (list, tuple)) or not isinstance(params, (list, tuple)):
         return theirs
-    if len(names) != len(params) or not all(isinstance(name, str) for name in names):
+    if not len(names) == len(params) == len(ours) or not all(isinstance(name, str) for name in names):
         # which is refused in words by the check of every file
         return theirs
-    # a file that was not made by `saved` has the name that the adapter had there
-    here = [without_adapter(name, key) if isinstance(key, str) else name for name in names]
-    there = [without_adapter(name, adapter_of(name) or "") for name in names]
-    found = next((free for free in (list(names), here, there) if set(free) == set(ours)), None)
-    if found is None:
-        missing = [name for name in ours if name not in {*names, *here, *there}] or ours
+    place: dict[str, Any] = {}
+    for name, saved_id in zip(names, params, strict=True):
+        # a file that was not made by `saved` has the name that the adapter had there
+        spellings = name, without_adapter(name, key), without_adapter(name, adapter_of(name))
+        place.update((spelling, saved_id) for spelling in spellings if spelling in ours)
+    missing = next((name for name in ours if name not in place), None)
+    if missing is not None:
         raise ValueError(
-            f"group {i} of the loaded state dict has no parameter {missing[0]!r}, which the scope's has"
+            f"group {i} of the loaded state dict has no parameter {missing!r}, which the scope's has"
         )
-    place = dict(zip(found, params, strict=True))
     return {**theirs, "params": [place[name] for name in ours], "param_names": list(mine["param_names"])}
 
 
@@ -125,18 +125,12 @@ def put(loaded: Loaded, groups: Sequence[ParamGroup], state: State, kept: Kept) 
     state.update((p, put_state[p]) for p in loaded.entries)
     for group, new, own in zip(groups, loaded.groups, loaded.own, strict=True):
         for name, value in new.items():
-            if name not in ("params", "param_names", *OWN_KEYS):
-                group.set_quietly(name, value)
+            group.set_quietly(name, value)
         if has_schedule(group) and own.get("schedule", group["schedule"]) is None:
             # the file's run had a rate of its own
-            group.own.pop("schedule"), group.own.pop("initial_lr", None)
+            group.own.pop("schedule"), group.own.pop("initial_lr")
         elif own.get("schedule") is not None:
             group.set_quietly("schedule", own["schedule"])
-        if has_schedule(group) and new.get("initial_lr") is not None:
-            group.set_quietly("initial_lr", new["initial_lr"])
-        for name in ("max_grad_norm", "nonfinite"):
-            if name in new and name in own:
-                group.set_quietly(name, new[name])
 
 
 @torch.no_grad()

@@ -370,3 +370,30 @@ def test_a_malformed_file_matched_by_name_is_refused_or_its_parameters_are_missi
         assert optimizer.load_state_dict(of_named_optimizer(), strict=False) == ([], [])
         steps(optimizer, 3, 4)
         assert all(p.isfinite().all() for p in params_of(optimizer))
+
+
+def one_scope() -> fusedlr.FusedAdamW:
+    """A scope of two groups in the middle of its run, with names."""
+    pairs = list(zip("abcd", make_params((torch.float32,), SHAPES), strict=True))
+    groups = [{"params": pairs[:2], "scope": "one"}, {"params": pairs[2:], "scope": "one"}]
+    optimizer = scheduled(groups, schedule=SCHEDULE, max_grad_norm=1.0, amsgrad=True)
+    steps(optimizer, 0, 3)
+    return optimizer
+
+
+def of_scope() -> dict[str, Any]:
+    """A good file of that scope."""
+    return one_scope().scope_state_dict("one")
+
+
+SCOPED = [Kind(of_scope, *rest) for file, *rest in KINDS if file is of_optimizer]
+
+
+@pytest.mark.parametrize("place", sorted({kind.place for kind in SCOPED}))
+def test_a_malformed_file_of_a_scope_is_refused_and_changes_nothing(place):
+    optimizer = one_scope()
+    for kind in SCOPED:
+        if kind.place == place:
+            says = kind.says.replace("parameter 1 of group 1", "parameter 'd'")
+            with unchanged(optimizer), silent(), pytest.raises(ValueError, match=f"(?s){says}"):
+                optimizer.load_scope_state_dict("one", kind.made())

@@ -454,6 +454,67 @@ def test_names_are_free_of_the_slot_and_match_in_any_order():
     assert torch.equal(other.state[a]["exp_avg"], optimizer.state[mine[0]]["exp_avg"])
 
 
+def test_a_whole_file_has_the_slots_name_where_peft_names_nothing():
+    pairs = [(f"adapters.{place}.down", nn.Parameter(torch.ones(2))) for place in ("first", "first.up")]
+    optimizer = fusedlr.FusedAdamW([{"params": pairs, "scope": "first"}], lr=0.1)
+    set_grads(optimizer, 0)
+    optimizer.step()
+    other = fusedlr.FusedAdamW([{"params": pairs[::-1], "scope": "first"}], lr=0.1)
+    other.load_scope_state_dict("first", optimizer.state_dict())
+    for _, p in pairs:
+        assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
+def test_a_file_of_two_adapters_is_none_of_one():
+    both = [*named("first")[0]["params"], *named("second")[0]["params"]]
+    optimizer = fusedlr.FusedAdamW(both, lr=0.1)
+    set_grads(optimizer, 0)
+    optimizer.step()
+    other = fusedlr.FusedAdamW(named("first"), lr=0.1)
+    with unchanged(other), pytest.raises(ValueError, match=r"has 4 parameters, this optimizer's has 2"):
+        other.load_scope_state_dict("first", optimizer.state_dict())
+
+
+def test_a_file_may_hold_the_tensors_that_are_there():
+    optimizer = adapters("a")
+    optimizer.step()
+    before = values(optimizer, "a")
+    optimizer.load_scope_state_dict("a", optimizer.state_dict())
+    assert same(values(optimizer, "a"), before)
+
+
+@pytest.mark.parametrize("here", [None, SCHEDULE])
+@pytest.mark.parametrize("there", [None, fusedlr.cosine(total_steps=9)])
+def test_a_scope_takes_its_options_and_its_schedule_along(there, here):
+    options = {"weight_decay": 0.25, "betas": (0.8, 0.9), "amsgrad": True, "nonfinite": "propagate"}
+    optimizer = adapters("a", schedule=there, limit=3.0, **options)
+    optimizer.step()
+    other = adapters("b", schedule=here, limit=None)
+    other.load_scope_state_dict("b", optimizer.scope_state_dict("a"))
+    mine, theirs = ([*optimizer.param_groups], [*other.param_groups])
+    for name in ("weight_decay", "betas", "amsgrad", "max_grad_norm", "schedule", "initial_lr", "k"):
+        assert [group.get(name) for group in theirs] == [group.get(name) for group in mine], name
+    assert {group["scope"] for group in theirs} == {"b"}
+    assert {group["nonfinite"] for group in theirs} == {"propagate"}
+    optimizer.step(), other.step()
+    assert [group["lr"] for group in theirs] == [group["lr"] for group in mine]
+
+
+def test_a_reset_leaves_what_no_step_knows():
+    optimizer = adapters("a")
+    optimizer.step()
+    optimizer.state[params_of(optimizer, "a")[0]]["note"] = "of a tool"
+    optimizer.reset_scope("a")
+    assert optimizer.state[params_of(optimizer, "a")[0]]["note"] == "of a tool"
+
+
+def test_a_scope_that_has_made_no_step_has_no_state_to_save():
+    optimizer = adapters("a", "b")
+    with unchanged(optimizer):
+        file = optimizer.scope_state_dict("a")
+    assert file["state"] == {} == optimizer.state
+
+
 def test_a_file_of_other_parameters_is_refused():
     optimizer = fusedlr.FusedAdamW(named("a"), lr=0.1)
     set_grads(optimizer, 0)
