@@ -226,10 +226,10 @@ def prepare_anew(optimizer: fusedlr.FusedAdamW) -> None:
     optimizer._planner.plan = None
 
 
-def step_as_prepared(optimizer: fusedlr.FusedAdamW) -> bool:
+def step_as_prepared(optimizer: fusedlr.FusedAdamW, only: Any = None) -> bool:
     """Make a step; returns whether it was made with the plan of the step before."""
     before = optimizer._planner.plan
-    optimizer.step()
+    optimizer.step(only=only)
     return before is not None and optimizer._planner.plan is before
 
 

@@ -46,10 +46,7 @@ class StepInputs:
 
     def increment_versions(self, groups: Sequence[bool] | None = None) -> None:
         """Tell autograd that parameters with a gradient are written to: those of these groups, or all."""
-        written = [
-            row.owner for row in self._rows if row.grad is not None and (groups is None or groups[row.group])
-        ]
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version([row.owner for row in self._rows if _is_written(row, groups)])
 
 
 class CountedGradients:
@@ -73,9 +70,9 @@ class CountedGradients:
 def address_of_gradient(row: Row) -> int:
     """The address of a row's gradient: 0 where there is none, another number where it has no elements."""
     grad = row.grad
-    if grad is not None and is_fake(grad):
-        return 1
-    return 0 if grad is None else grad.data_ptr() or int(grad.numel() == 0)
+    if grad is None:
+        return 0
+    return 1 if is_fake(grad) else grad.data_ptr() or int(grad.numel() == 0)
 
 
 class CopyingStepper:
@@ -132,8 +129,12 @@ class CopyingStepper:
         ordered, stepper = self._on_copies()
         made = stage(stepper)
         self._active = stepper.active()
-        self._inputs.increment_versions(signals.allowed_groups(self._groups))
-        copy_back(self._rows, ordered)
+        groups = signals.allowed_groups(self._groups)
+        self._inputs.increment_versions(groups)
+        for row, copy in zip(self._rows, ordered, strict=True):
+            if _is_written(row, groups):
+                for old, new in zip(row.written(), copy.written(), strict=True):
+                    old.copy_(new)
         return made
 
 
@@ -156,14 +157,9 @@ def in_order(row: Row) -> Row:
     return Row.alone(row.group, param, kept, row.step, **places)
 
 
-def copy_back(rows: Sequence[Row], ordered: Sequence[Row]) -> None:
-    """Give the tensors that a copy of `in_order` stood in for their new values."""
-    for row, copy in zip(rows, ordered, strict=True):
-        if row is copy or row.grad is None:
-            continue
-        for old, new in zip(row.written(), copy.written(), strict=True):
-            if old.data_ptr() != new.data_ptr():
-                old.copy_(new)
+def _is_written(row: Row, groups: Sequence[bool] | None) -> bool:
+    """Whether a step of these groups, or of all, may write to a row."""
+    return row.grad is not None and (groups is None or groups[row.group])
 
 
 def has_memory(row: Row) -> bool:

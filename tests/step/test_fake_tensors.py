@@ -60,6 +60,15 @@ def test_a_run_without_values_has_the_shapes_and_rates_of_a_real_one(name, backe
     assert rates == want
 
 
+def test_a_rate_without_a_value_is_not_read():
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(3))
+        optimizer = fusedlr.FusedAdamW([p], lr=torch.tensor(0.1))
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer.last_metrics()["step"] == [1]
+
+
 @pytest.mark.skipif(compiled.host is None, reason="the compiled watch is not built")
 def test_the_compiled_watch_is_not_asked_for_addresses_that_do_not_exist(monkeypatch):
     def refuse(*given):

@@ -395,13 +395,24 @@ def test_an_interrupt_while_the_watch_looks_is_passed_on():
     assert step_as_prepared(optimizer)
 
 
-def test_autograd_is_told_of_parameters_with_a_gradient_alone():
-    optimizer = made()
+@pytest.mark.parametrize("watched", (True, False))
+@pytest.mark.parametrize("copied", (True, False))
+def test_autograd_is_told_of_parameters_that_are_written_alone(watched, copied, monkeypatch):
+    optimizer = made(groups="independent")
     params = params_of(optimizer)
+    if copied:
+        # on copies, in the memory order of the gradient
+        for i in (0, 3):
+            params[i].data = params[i].data.mT.contiguous().mT
+        optimizer.step()
+    if not watched:
+        monkeypatch.setattr(compiled, "host", None)
+        prepare_anew(optimizer)
     params[0].grad = None
-    before = [p._version for p in params]
-    assert step_as_prepared(optimizer)
-    assert [p._version > version for p, version in zip(params, before, strict=True)] == [False, *[True] * 4]
+    for only, expected in ((None, [False, *[True] * 4]), ([1], [False] * 3 + [True] * 2)):
+        before = [p._version for p in params]
+        assert step_as_prepared(optimizer, only=only) == watched
+        assert [p._version > version for p, version in zip(params, before, strict=True)] == expected
 
 
 @pytest.mark.parametrize("name", ("grad", *MOMENTS))
@@ -456,11 +467,14 @@ def test_a_step_without_groups_does_nothing():
     optimizer.step()
 
 
-def test_no_operator_is_called_and_nothing_allocated():
-    class Nothing(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            raise AssertionError(f"{func} was called")
+class Nothing(TorchDispatchMode):
+    """No operator may be called."""
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was called")
+
+
+def test_no_operator_is_called_and_nothing_allocated():
     optimizer = make("cpu")
     set_grads(optimizer, 0)
     optimizer.step()
@@ -468,6 +482,40 @@ def test_no_operator_is_called_and_nothing_allocated():
         for _ in range(3):
             optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "strides_of_gradient"),
+    [
+        ((2, 3), (1, 2), (1, 2)),
+        # nobody steps along a dimension of size 1
+        ((1, 5), (5, 1), (1, 1)),
+        ((2, 1, 3), (1, 7, 2), (1, 7, 2)),
+    ],
+)
+def test_nothing_is_copied_where_elements_lie_in_one_order(shape, strides, strides_of_gradient):
+    p = torch.nn.Parameter(torch.empty_strided(shape, strides).fill_(1))
+    p.grad = torch.empty_strided(shape, strides_of_gradient).fill_(1)
+    optimizer = Optimizer([p], lr=0.5)
+    optimizer.step()
+    with Nothing():
+        optimizer.step()
+    assert not p.isnan().any() and p.unique().numel() == 1 and p.max() < 1
+
+
+def test_what_lies_between_elements_is_left_alone():
+    optimizer, plain = (Optimizer([torch.nn.Parameter(torch.ones(3))], lr=0.5) for _ in range(2))
+    for o in (optimizer, plain):
+        step(o, 0)
+    (p,) = params_of(optimizer)
+    between = [torch.full((6,), 7.0) for _ in range(4)]
+    for base, x in zip(between, (p, p.grad, *(entry(optimizer)[name] for name in MOMENTS)), strict=True):
+        base[::2] = x.detach()
+    p.data, p.grad, *moments = (base[::2] for base in between)
+    entry(optimizer).update(zip(MOMENTS, moments, strict=True))
+    optimizer.step(), plain.step()
+    assert torch.equal(p, params_of(plain)[0])
+    assert all((base[1::2] == 7).all() for base in between)
 
 
 @pytest.mark.parametrize("steps_before", (0, 2))
