@@ -107,8 +107,8 @@ def _in_our_order(i: int, key: ScopeKey, mine: ParamGroup, theirs: Any) -> Any:
     place: dict[str, Any] = {}
     for name, saved_id in zip(names, params, strict=True):
         # a file that was not made by `saved` has the name that the adapter had there
-        spellings = name, without_adapter(name, key), without_adapter(name, adapter_of(name))
-        place.update((spelling, saved_id) for spelling in spellings if spelling in ours)
+        for spelling in (name, without_adapter(name, key), without_adapter(name, adapter_of(name))):
+            place[spelling] = saved_id
     missing = next((name for name in ours if name not in place), None)
     if missing is not None:
         raise ValueError(

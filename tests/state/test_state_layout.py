@@ -18,6 +18,7 @@ from kit import (
     make_params,
     make_stock,
     scheduled,
+    step,
     steps,
     through_a_file,
     torchs_part,
@@ -156,3 +157,15 @@ def test_moments_in_the_parameters_dtype_if_asked_for():
     optimizer = scheduled(make_params((torch.bfloat16, torch.float32)), state_dtype="param")
     steps(optimizer, 0, 2)
     assert all(optimizer.state[p]["exp_avg_sq"].dtype == p.dtype for p in params_of(optimizer))
+
+
+def test_moments_that_are_wider_than_asked_for_stay_so():
+    wide = make(make_params((torch.bfloat16,)))
+    steps(wide, 0, 2)
+    optimizer = make(copied(params_of(wide)), state_dtype="param")
+    optimizer.load_state_dict(wide.state_dict())
+    for each in (wide, optimizer):
+        step(each, 2)
+    for p, q in zip(params_of(optimizer), params_of(wide), strict=True):
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+        assert torch.equal(optimizer.state[p]["exp_avg"], wide.state[q]["exp_avg"])

@@ -465,6 +465,26 @@ def test_a_whole_file_has_the_slots_name_where_peft_names_nothing():
         assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
 
 
+def test_parameters_without_names_are_matched_by_their_places():
+    optimizer, other = (fusedlr.FusedAdamW(named("a"), lr=0.1) for _ in range(2))
+    set_grads(optimizer, 0)
+    optimizer.step()
+    del other.param_groups[0]["param_names"]
+    other.load_scope_state_dict("a", optimizer.scope_state_dict("a"))
+    for p, q in zip(params_of(other, "a"), params_of(optimizer, "a"), strict=True):
+        assert torch.equal(other.state[p]["exp_avg"], optimizer.state[q]["exp_avg"])
+
+
+def test_a_scope_goes_on_with_its_schedule_from_a_file_of_stock_adamw():
+    optimizer = adapters("a")
+    params = params_of(optimizer, "a")
+    stock = torch.optim.AdamW([{"params": params[:3]}, {"params": params[3:]}], lr=0.5)
+    stock.step(), stock.step()
+    optimizer.load_scope_state_dict("a", stock.state_dict())
+    assert [group["schedule"] for group in optimizer.param_groups] == [SCHEDULE] * 2
+    assert [group["k"] for group in optimizer.param_groups] == [2, 2]
+
+
 def test_a_file_of_two_adapters_is_none_of_one():
     both = [*named("first")[0]["params"], *named("second")[0]["params"]]
     optimizer = fusedlr.FusedAdamW(both, lr=0.1)
@@ -515,6 +535,8 @@ def test_a_scope_that_has_made_no_step_has_no_state_to_save():
     with unchanged(optimizer):
         file = optimizer.scope_state_dict("a")
     assert file["state"] == {} == optimizer.state
+    optimizer.reset_scope("a")
+    assert optimizer.state == {}
 
 
 def test_a_file_of_other_parameters_is_refused():

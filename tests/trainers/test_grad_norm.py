@@ -117,6 +117,8 @@ def test_the_step_takes_it_over(monkeypatch):
     set_gradients(optimizer, 0)
     params_of(optimizer)[2].grad = None
     norm = optimizer.grad_norm()
+    # an option that the norm does not depend on
+    optimizer.param_groups[0]["weight_decay"] = 0.5
     # a write that torch does not count, which a norm computed in the step would see
     optimizer.param_groups[0]["params"][0].grad.data.mul_(100)
     optimizer.step()
@@ -271,6 +273,32 @@ def test_scaled_gradients_are_measured_as_unscaled(scale):
     norm = expected(optimizer)
     set_gradients(optimizer, 0, scale=8.0)
     torch.testing.assert_close(optimizer.grad_norm(scale).double(), norm, rtol=1e-6, atol=0)
+
+
+def test_a_norm_of_scaled_gradients_is_not_taken_over():
+    optimizer = make(max_grad_norm=1.0)
+    set_gradients(optimizer, 0)
+    optimizer.grad_norm(8.0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.metrics()["grad_norm"].double(), expected(optimizer))
+
+
+@pytest.mark.parametrize("signal", ["grad_scale", "found_inf"])
+def test_a_step_with_one_signal_of_a_scaler_measures_for_itself(signal):
+    optimizer = make(max_grad_norm=1.0)
+    set_gradients(optimizer, 0, scale=8.0)
+    optimizer.grad_norm()
+    if signal == "grad_scale":
+        optimizer.grad_scale = torch.tensor(8.0)
+    else:
+        # as torch's `unscale_`, which does not count as a write
+        for p in params_of(optimizer):
+            p.grad.data.div_(8.0)
+        optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    set_gradients(optimizer, 0)
+    norm = optimizer.metrics()["grad_norm"].double()
+    torch.testing.assert_close(norm, expected(optimizer), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("amp_scaling", [True, False])
