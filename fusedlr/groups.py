@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import NoneType
@@ -52,6 +51,8 @@ OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm", "nonfinite", "scope")
 _OF_SCOPE = ("max_grad_norm", "nonfinite")
 # nor are counts, which are kept for all groups together
 _NO_ITEMS = (*OWN_KEYS, "k", "k_at_step")
+# the counter of a group that no optimizer counts for
+_UNCOUNTED = (lambda: None), 0
 
 
 class ParamGroup(dict[str, Any]):
@@ -69,7 +70,8 @@ class ParamGroup(dict[str, Any]):
         counts: the counters of a group that was taken out of `param_groups`, which it goes on with when it is
             put back; None while it is there.
         norms: what it then has of its scope's norms, `columns.NORMS`.
-        counter: while it is there, whose `k` of which index it shows as `group["k"]`.
+        counter: what gives the `Counts` whose `k` of which index it shows as `group["k"]`, None once they
+            are gone.
     """
 
     __slots__ = ("_notes", "counter", "counts", "norms", "own", "shown_lr")
@@ -84,7 +86,7 @@ class ParamGroup(dict[str, Any]):
         self.shown_lr: float | None = None
         self.counts: Tensor | None = None
         self.norms: Tensor | None = None
-        self.counter: tuple[weakref.ref[Any], int] | None = None
+        self.counter: tuple[Callable[[], Any], int] = _UNCOUNTED
         # an id may have been that of a group that is gone
         notes.lr_assigned.discard(id(self))
 
@@ -112,10 +114,10 @@ class ParamGroup(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         if key == "lr":
             super().__setitem__(key, value)
-            notes, scheduled = self._notes, has_schedule(self)
+            notes = self._notes
             # a number that is given to a group without a schedule is read at every step
-            notes.changed = notes.changed or scheduled or isinstance(value, Tensor)
-            if type(value) is float and value == self.shown_lr and scheduled:
+            notes.changed = notes.changed or has_schedule(self) or isinstance(value, Tensor)
+            if type(value) is float and value == self.shown_lr:
                 notes.lr_assigned.discard(id(self))
                 notes.lr_written_back.add(id(self))
             else:
@@ -189,8 +191,8 @@ class ParamGroup(dict[str, Any]):
             dict.__setitem__(self, key, value)
 
     def _counts(self) -> tuple[Any, int] | None:
-        counts = self.counter[0]() if self.counter is not None else None
-        return None if counts is None or self.counter is None else (counts, self.counter[1])
+        counts = self.counter[0]()
+        return None if counts is None else (counts, self.counter[1])
 
     def _is_counted(self) -> bool:
         return self.counts is not None or self._counts() is not None

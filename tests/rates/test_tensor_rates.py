@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit import PEAK, SCHEDULE, assert_same, make_params, make_stock, step
+from kit import PEAK, SCHEDULE, assert_same, make, make_params, make_stock, step
 from snapshots import unchanged
 
 import fusedlr
@@ -24,6 +24,16 @@ def test_a_tensor_rate_is_read_at_every_step(shape):
     step(stock, 1)
     assert ours.param_groups[0]["lr"] is lr
     assert ours.scheduler.get_last_lr() == [0.25]
+    assert_same(ours, stock)
+
+
+def test_another_tensor_takes_the_place_of_a_rate():
+    ours, stock = make(lr=torch.tensor(PEAK)), make_stock(lr=float(torch.tensor(PEAK)))
+    for k, rate in enumerate((PEAK, 0.25)):
+        ours.param_groups[0]["lr"] = torch.tensor(rate)
+        stock.param_groups[0]["lr"] = float(torch.tensor(rate))
+        step(ours, k)
+        step(stock, k)
     assert_same(ours, stock)
 
 

@@ -16,12 +16,14 @@ from kit import (
     disagreements,
     make,
     make_params,
+    make_stock,
     quiet,
     recorded,
     scheduled,
     set_grads,
     silent,
     step,
+    stepper_of,
     with_rates,
 )
 from snapshots import params_of
@@ -120,6 +122,45 @@ def test_other_keys_may_be_written_freely():
     step(optimizer, 1)
     rates = [SCHEDULE.lr_at(k, PEAK) for k in range(2)]
     assert_same(optimizer, with_rates(rates, weight_decay=0.5, eps=1e-3))
+
+
+def test_a_rate_written_after_another_option_does_not_hide_it():
+    ours, stock = make(), make_stock()
+    for each in (ours, stock):
+        step(each, 0)
+        each.param_groups[0]["weight_decay"] = 0.5
+        each.param_groups[0]["lr"] = 0.25
+        step(each, 1)
+    assert_same(ours, stock)
+
+
+def test_an_option_that_is_assigned_what_it_is_is_no_news(monkeypatch):
+    optimizer = scheduled()
+    step(optimizer, 0)
+
+    def refuse(*options):
+        raise AssertionError("options were taken anew")
+
+    monkeypatch.setattr(stepper_of(optimizer), "assign", refuse)
+    optimizer.param_groups[0].update(weight_decay=0.01, eps=1e-8, maximize=False)
+    step(optimizer, 1)
+
+
+def test_a_number_takes_the_place_of_a_tensor_that_equals_it():
+    optimizer = scheduled()
+    decay = torch.tensor(0.5)
+    optimizer.param_groups[0]["weight_decay"] = decay
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    decay.fill_(0.25)
+    step(optimizer, 0)
+    assert_same(optimizer, with_rates([SCHEDULE.lr_at(0, PEAK)], weight_decay=0.5))
+
+
+def test_an_option_that_no_step_knows_may_be_taken_out():
+    group = scheduled().param_groups[0]
+    assert (group.pop("fused"), group.pop("fused", "gone")) == (None, "gone")
+    with pytest.raises(KeyError, match="fused"):
+        group.pop("fused")
 
 
 def test_only_the_group_that_was_written_is_driven_from_outside():

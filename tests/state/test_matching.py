@@ -233,6 +233,36 @@ def test_groups_keep_their_k_wherever_they_stand(groups):
     assert optimizer.metrics()["step"].tolist() == [8, 8, 5]
 
 
+@pytest.mark.parametrize("schedule", [None, SCHEDULE])
+def test_a_group_that_is_gone_may_be_told_where_to_go_on(schedule):
+    a, b, _, _ = make_params()
+    optimizer = make([{"params": [a]}, {"params": [b]}], schedule=schedule)
+    steps(optimizer, 0, 2)
+    taken = optimizer.param_groups.pop()
+    step(optimizer, 2)
+    taken["k"] = 5
+    assert taken["lr"] == (PEAK if schedule is None else schedule.lr_at(5, PEAK))
+    assert ks(optimizer) == [3]
+    optimizer.param_groups.append(taken)
+    step(optimizer, 3)
+    assert ks(optimizer) == [4, 6]
+
+
+def test_a_group_outlives_its_optimizer():
+    optimizer = two_groups()
+    steps(optimizer, 0, 2)
+    taken = optimizer.param_groups.pop()
+    step(optimizer, 2)
+    (group,) = optimizer.param_groups
+    del optimizer
+    gc.collect()
+    assert "k" in taken and taken["k"] == 2
+    assert "k" not in group and group.get("k") is None
+    for use in (lambda: group["k"], lambda: group.update(k=3)):
+        with pytest.raises(KeyError, match="k"):
+            use()
+
+
 def test_groups_handed_over_one_at_a_time_make_one_update_each():
     """As wrappers do that step every group by itself."""
     whole, parts = two_groups(), two_groups()

@@ -69,6 +69,16 @@ def test_a_group_keeps_what_torch_would_keep():
     assert torchs_part(ours.state_dict()) == stock.state_dict()
 
 
+def test_the_first_rate_that_a_torch_scheduler_notes_is_an_option_of_the_group():
+    ours, stock = make(), make_stock()
+    for each in (ours, stock):
+        torch.optim.lr_scheduler.LambdaLR(each, lambda k: 0.5)
+    assert torchs_part(ours.state_dict()) == stock.state_dict()
+    again = make()
+    again.load_state_dict(ours.state_dict())
+    assert torchs_part(again.state_dict()) == stock.state_dict()
+
+
 def test_a_schedule_adds_plain_numbers_beside_the_groups_alone():
     ours, stock = scheduled(), make_stock()
     steps(ours, 0, 2)

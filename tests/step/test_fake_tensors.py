@@ -60,10 +60,13 @@ def test_a_run_without_values_has_the_shapes_and_rates_of_a_real_one(name, backe
     assert rates == want
 
 
-def test_a_rate_without_a_value_is_not_read():
+@pytest.mark.filterwarnings("ignore:lr=a tensor was assigned")
+@pytest.mark.parametrize("schedule", [None, fusedlr.cosine(2, 20)])
+def test_a_rate_without_a_value_is_not_read(schedule):
     with FakeTensorMode():
         p = nn.Parameter(torch.ones(3))
-        optimizer = fusedlr.FusedAdamW([p], lr=torch.tensor(0.1))
+        optimizer = fusedlr.FusedAdamW([p], lr=0.1, schedule=schedule)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
         p.grad = torch.ones(3)
         optimizer.step()
         assert optimizer.last_metrics()["step"] == [1]
