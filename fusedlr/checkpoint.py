@@ -171,7 +171,7 @@ def read(groups: Groups, state_dict: Any, *, joint: bool, other_own: Any = None)
         entries=entries,
         others={key: _copied(f"entry {key!r} of the loaded state", entry) for key, entry in others.items()},
     )
-    for key in {key for key in scope_keys(groups, joint=joint) if isinstance(key, str)}:
+    for key in set(scope_keys(groups, joint=joint)):
         shared_options(key, [group for group in loaded.groups if group.get("scope") == key])
     loaded.disagreements = _disagreements(groups, loaded.groups, own)
     return loaded
@@ -212,11 +212,11 @@ def read_matching(
             place = there.get((mine.get("scope"), name))
             if place is None and alike_here[name] == 1:
                 place = place_of.get(name)
-            group, saved_id = place or (0, None)
-            entry = state_dict["state"].get(saved_id) if place is not None else None
-            if _misfit(p, entry) or not entry:
+            entry = None if place is None else state_dict["state"].get(place[1])
+            if place is None or _misfit(p, entry) or not entry:
                 missing.append(name)
                 continue
+            group, saved_id = place
             used.add(saved_id)
             loaded.entries[p] = _own_entry(parameter_name(mine, i, p), entry)
             reached.append(_continued(own[group], latest[group]))

@@ -17,6 +17,7 @@ from kit import (
     make_stock,
     scheduled,
     silent,
+    step,
     steps,
     through_a_file,
     torchs_part,
@@ -24,6 +25,7 @@ from kit import (
 )
 from snapshots import bits, params_of, snapshot, unchanged
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
 
@@ -70,9 +72,59 @@ def test_loading_its_own_live_state_changes_nothing():
         optimizer.load_state_dict(optimizer.state_dict())
 
 
+class Without(TorchDispatchMode):
+    """An operator that may not be called."""
+
+    def __init__(self, refused):
+        super().__init__()
+        self.refused = refused
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not self.refused
+        return func(*args, **(kwargs or {}))
+
+
+def test_counts_of_updates_are_not_read_one_by_one():
+    """On a GPU each would be waited for."""
+    optimizer = scheduled()
+    steps(optimizer, 0, 3)
+    with Without(torch.ops.aten._local_scalar_dense.default):
+        optimizer.state_dict()
+
+
+def test_loading_copies_no_tensor_but_into_those_that_are_there():
+    source, optimizer = scheduled(), scheduled()
+    for each in (source, optimizer):
+        steps(each, 0, 3)
+    state = source.state_dict()
+    # as old files have them
+    state["state"] = {i: {**entry, "step": float(entry["step"])} for i, entry in state["state"].items()}
+    with Without(torch.ops.aten.clone.default):
+        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_an_entry_that_has_no_count_yet_can_be_saved():
+    optimizer = scheduled()
+    optimizer.state[params_of(optimizer)[0]]["note"] = "of a tool"
+    assert optimizer.state_dict()["fusedlr"]["groups"][0]["k_at_step"] == 0
+    step(optimizer, 0)
+    assert optimizer.state_dict()["fusedlr"]["groups"][0]["k_at_step"] == 1
+
+
+def test_a_group_without_parameters_loads_entries_of_none():
+    optimizer = make([{"params": []}])
+    state = optimizer.state_dict()
+    state["state"]["note"] = {"a": 1}
+    optimizer.load_state_dict(state)
+    assert optimizer.state["note"] == {"a": 1}
+
+
 def test_live_tensors_may_come_back_for_other_parameters():
     optimizer = scheduled(make_params(shapes=((3,), (3,), (3,))))
     steps(optimizer, 0, 3)
+    for i, p in enumerate(params_of(optimizer)):
+        optimizer.state[p]["note"] = i
     state = optimizer.state_dict()
     state["state"] = {i: state["state"][(i + 1) % 3] for i in range(3)}
     wanted = [bits(dict(optimizer.state[p])) for p in params_of(optimizer)]

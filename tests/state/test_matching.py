@@ -94,6 +94,16 @@ def test_state_of_another_shape_is_missing_and_not_used():
     assert params_of(optimizer)[1] not in optimizer.state
 
 
+def test_an_entry_without_anything_is_missing():
+    source, optimizer = scheduled(named("ab")), scheduled(named("ab"))
+    for each in (source, optimizer):
+        steps(each, 0, 3)
+    state, before = source.state_dict(), state_of(optimizer, "b")
+    state["state"][1] = {}
+    assert optimizer.load_state_dict(state, strict=False) == (["b"], ["b"])
+    assert state_of(optimizer, "b") == before
+
+
 def test_nothing_that_fits_leaves_the_run_where_it_is():
     source = scheduled(named("ab"))
     steps(source, 0, 3)
@@ -553,5 +563,11 @@ def test_adapters_that_call_their_parameters_alike_are_told_apart_by_their_scope
     alone = adapters("a")
     alone.param_groups[0]["params"][0].grad = torch.ones(2)
     alone.step()
+    assert alone.load_state_dict(file, strict=False) == ([], ["lora_A"])
+    assert [group["k"] for group in alone.param_groups] == [2]
     assert plain.load_state_dict(alone.state_dict(), strict=False) == ([], [])
-    assert [group["k"] for group in plain.param_groups] == [1]
+    assert [group["k"] for group in plain.param_groups] == [2]
+    assert adapters("b", "c").load_state_dict(alone.state_dict(), strict=False) == (
+        ["lora_A"] * 2,
+        ["lora_A"],
+    )
