@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
@@ -32,6 +33,10 @@ def backward(module: nn.Module, k: int) -> None:
 
 def optimizer_of(module: nn.Module, **options: Any) -> fusedlr.FusedAdamW:
     return fusedlr.FusedAdamW(module.parameters(), lr=0.01, max_grad_norm=0.1, **options)
+
+
+def optimizer_of_params(params: list[Any]) -> fusedlr.FusedAdamW:
+    return fusedlr.FusedAdamW(params, lr=0.1, max_grad_norm=1.0)
 
 
 def equals_one_process() -> None:
@@ -184,6 +189,38 @@ def gradients_that_are_spread_otherwise_are_refused() -> None:
     assert not ours.state
 
 
+def meshes_of_which_none_covers_the_other_are_refused() -> None:
+    params = []
+    for rank in range(distributed.get_world_size()):
+        mesh = DeviceMesh("cpu", [rank])
+        p = nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.ones(2), mesh, [Shard(0)])
+        params.append(p)
+    refused(optimizer_of_params(params).step, "whose processes overlap without one covering the other")
+
+
+def a_mesh_of_one_process_concerns_no_other(rank: int) -> None:
+    mesh = [DeviceMesh("cpu", [i]) for i in range(distributed.get_world_size())][rank]
+    p = nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(2), mesh, [Shard(0)])
+    with CommDebugMode() as counted:
+        optimizer_of_params([p]).step()
+    assert counted.get_total_counts() == 0
+
+
+def a_norm_is_taken_over_by_no_process_alone(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+    ours = optimizer_of_params([p])
+    p.grad = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+    ours.grad_norm()
+    # here alone, so that the others see no change
+    if rank == 1:
+        p.grad.to_local().fill_(2.0)
+    ours.step()
+    torch.testing.assert_close(ours.metrics()["grad_norm"].item(), 15**0.5)
+
+
 def assign(p: Tensor, grad: Tensor) -> None:
     """Give a parameter a gradient that torch's own property refuses."""
     try:
@@ -217,6 +254,9 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     options_that_are_taken_anew_bring_nothing_from_the_host()
     a_failure_on_one_process_is_one_on_all(rank)
     gradients_that_are_spread_otherwise_are_refused()
+    meshes_of_which_none_covers_the_other_are_refused()
+    a_mesh_of_one_process_concerns_no_other(rank)
+    a_norm_is_taken_over_by_no_process_alone(rank)
     parts_kept_by_hand()
 
 

@@ -67,6 +67,15 @@ def test_a_gradient_that_cannot_be_used_is_refused_before_anything_changes(spoil
         optimizer.step()
 
 
+def test_a_parameter_that_came_after_the_names_is_called_by_its_place():
+    optimizer = make([("a", make_params()[0])])
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
+    set_grads(optimizer)
+    sparse(optimizer.param_groups[0]["params"][1])
+    with unchanged(optimizer), pytest.raises(RuntimeError, match=r"parameter 1 of group 0, shape \(2,\): "):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [

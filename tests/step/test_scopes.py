@@ -222,6 +222,18 @@ def test_scopes_that_there_are_not_are_refused(only, error, message):
             method("other")
 
 
+def test_scopes_that_are_called_by_an_index_are_no_names():
+    optimizer = fusedlr.FusedAdamW([{"params": [p]} for p in make_params()[:2]], groups="independent")
+    for only in ("first", True):
+        with pytest.raises(
+            ValueError, match=rf"only={only!r} is no scope of this optimizer, which has 0, 1$"
+        ):
+            optimizer.step(only=[only])
+    optimizer.param_groups.clear()
+    with pytest.raises(ValueError, match="only=0 is no scope of this optimizer, which has none$"):
+        optimizer.step(only=[0])
+
+
 def test_zero_grad_of_some_scopes():
     optimizer = adapters("a", "b")
     optimizer.zero_grad(only=["b"])
