@@ -474,15 +474,13 @@ def _loaded_group(
     i: int, mine: Any, theirs: dict[str, Any], own: dict[str, Any], *, joint: bool
 ) -> dict[str, Any]:
     """A group with the file's hyperparameters, this optimizer's parameters and this optimizer's schedule."""
-    dropped = ("params", "schedule", *(("initial_lr",) if has_schedule(mine) else ()))
     group: dict[str, Any] = {
         key: _copied(f"group {i} of the loaded state dict: {key}", value)
         for key, value in theirs.items()
-        if key not in dropped
+        if key not in ("params", "schedule")
     }
-    if "decoupled_weight_decay" in group:
-        # a file of torch's Adam says False; torch's AdamW sets it too
-        group["decoupled_weight_decay"] = True
+    # a file of torch's Adam says False; torch's AdamW sets it too
+    group["decoupled_weight_decay"] = True
     group.setdefault("betas", mine["betas"])
     group["params"] = mine["params"]
     if "param_names" in mine:

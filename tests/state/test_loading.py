@@ -15,6 +15,7 @@ from kit import (
     make,
     make_params,
     make_stock,
+    quiet,
     scheduled,
     silent,
     step,
@@ -198,6 +199,30 @@ def test_a_file_without_its_states_never_sets_the_schedule_before_its_start():
     optimizer.add_param_group({"params": make_params()})
     optimizer.load_state_dict(state)
     assert optimizer.metrics()["step"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("lost", ["k", "k_at_step"])
+def test_a_file_that_lost_a_count_goes_on_at_the_updates_made(lost):
+    source, optimizer = scheduled(), scheduled()
+    steps(source, 0, 3)
+    state = source.state_dict()
+    del state["fusedlr"]["groups"][0][lost]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["k"] == 3
+
+
+def test_the_first_rate_that_a_torch_scheduler_noted_is_a_peak_and_goes_with_the_file():
+    source, plain, ours, stock = make(lr=0.3), make(), make(), make_stock()
+    for each in (source, ours, stock):
+        torch.optim.lr_scheduler.LambdaLR(each, lambda k: 0.5)
+    optimizer = scheduled()
+    with quiet():
+        optimizer.load_state_dict(source.state_dict())
+    assert optimizer.param_groups[0]["initial_lr"] == 0.3
+    # as in torch a file without it takes it away
+    for each in (ours, stock):
+        each.load_state_dict(torchs_part(plain.state_dict()))
+        assert "initial_lr" not in each.param_groups[0]
 
 
 def test_betas_may_come_as_a_list():

@@ -72,6 +72,17 @@ def test_a_rate_without_a_value_is_not_read(schedule):
         assert optimizer.last_metrics()["step"] == [1]
 
 
+def test_a_step_without_values_is_refused_in_the_words_of_others():
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(3))
+        optimizer = fusedlr.FusedAdamW([p], lr=0.1)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.param_groups[0]["eps"] = -1.0
+        with pytest.raises(ValueError, match=r"group 0: eps=-1\.0"):
+            optimizer.step()
+
+
 @pytest.mark.skipif(compiled.host is None, reason="the compiled watch is not built")
 def test_the_compiled_watch_is_not_asked_for_addresses_that_do_not_exist(monkeypatch):
     def refuse(*given):

@@ -395,6 +395,31 @@ def test_an_interrupt_while_the_watch_looks_is_passed_on():
     assert step_as_prepared(optimizer)
 
 
+@pytest.mark.parametrize("made_before_it", (True, False))
+def test_after_an_interrupt_the_step_on_show_is_the_one_that_was_made(made_before_it, monkeypatch):
+    optimizer, twin = made(), made()
+    stepper = stepper_of(optimizer)
+    whole = stepper.step
+
+    def interrupted(signals: Any) -> Any:
+        if made_before_it:
+            whole(signals)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stepper, "step", interrupted)
+        optimizer.scheduler.step(), twin.scheduler.step()
+        step(optimizer, 3)
+    if made_before_it:
+        step(twin, 3)
+    for name in ("k", "lr"):
+        assert [group[name] for group in optimizer.param_groups] == [
+            group[name] for group in twin.param_groups
+        ]
+    step(optimizer, 4), step(twin, 4)
+    assert all(map(torch.equal, params_of(optimizer), params_of(twin)))
+
+
 @pytest.mark.parametrize("watched", (True, False))
 @pytest.mark.parametrize("copied", (True, False))
 def test_autograd_is_told_of_parameters_that_are_written_alone(watched, copied, monkeypatch):
