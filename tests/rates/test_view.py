@@ -156,6 +156,16 @@ def test_loading_a_schedulers_state_keeps_the_callers_dict():
     assert state == before
 
 
+@pytest.mark.parametrize(("there", "here"), [(SCHEDULE, None), (None, SCHEDULE)])
+def test_a_state_from_before_or_after_there_was_a_schedule_brings_its_step_alone(there, here):
+    source, optimizer = make(schedule=there), make(schedule=here)
+    step(source, 0), step(source, 1)
+    group = optimizer.param_groups[0]
+    peak = group.get("initial_lr")
+    optimizer.scheduler.load_state_dict(source.scheduler.state_dict())
+    assert (group["k"], group.get("schedule"), group.get("initial_lr")) == (2, here, peak)
+
+
 def test_groups_that_differ_in_their_count_keep_it_through_the_views_state():
     optimizer = scheduled()
     step(optimizer, 0)

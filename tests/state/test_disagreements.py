@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from kit import SCHEDULE, make, scheduled, silent, steps, through_a_file, two_groups
+from kit import SCHEDULE, make, make_params, scheduled, silent, steps, through_a_file, two_groups
 from snapshots import unchanged
 
 import fusedlr
@@ -60,6 +60,20 @@ def test_every_group_that_disagrees_is_named_in_one_warning():
     with pytest.warns(UserWarning, match=r"group 0: the peak is 0.6 .*; group 1: the peak is 0.4 ") as caught:
         two_groups().load_state_dict(state)
     assert len(caught) == 1
+
+
+def test_a_scope_that_is_none_here_is_reported():
+    def build(**options: Any) -> fusedlr.FusedAdamW:
+        return scheduled([{"params": make_params(), **options}])
+
+    state = build(scope="one", max_grad_norm=2.0).state_dict()
+    with pytest.warns(UserWarning, match="group 0: its scope is 'one' in the checkpoint, here it has none"):
+        build().load_state_dict(state)
+    optimizer = build(scope="one")
+    with silent():
+        optimizer.load_state_dict(state)
+    # what is said of a scope goes with it
+    assert optimizer.param_groups[0]["max_grad_norm"] == 2.0
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, None, fusedlr.linear(total_steps=10, min_lr=1e-3)], ids=str)

@@ -65,6 +65,21 @@ def test_loading_in_place_keeps_addresses():
     assert [{k: v.data_ptr() for k, v in entry.items()} for entry in optimizer.state.values()] == pointers
 
 
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros(4, 3), torch.zeros(3), torch.zeros(3).double(), torch.zeros(3, device="meta")],
+    ids=str,
+)
+def test_tensors_that_do_not_fit_the_parameter_are_replaced(other):
+    source, optimizer = (make([nn.Parameter(torch.ones(3))]) for _ in range(2))
+    for each in (source, optimizer):
+        steps(each, 0, 2)
+    (p,) = params_of(optimizer)
+    optimizer.state[p]["exp_avg"] = other
+    optimizer.load_state_dict(source.state_dict())
+    assert bits(optimizer.state[p]["exp_avg"]) == bits(source.state[params_of(source)[0]]["exp_avg"])
+
+
 def test_loading_its_own_live_state_changes_nothing():
     optimizer = scheduled()
     steps(optimizer, 0, 3)
@@ -172,6 +187,8 @@ def test_joint_groups_ignore_the_clipping_of_independent_ones():
     optimizer.load_state_dict(source.state_dict())
     steps(optimizer, 1, 2)
     assert optimizer.metrics()["coef"] == 1
+    # nor would a file of theirs have it
+    assert "max_grad_norm" not in optimizer.param_groups[0]
 
 
 def test_independent_groups_count_their_own_steps_without_our_keys_too():

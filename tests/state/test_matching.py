@@ -164,6 +164,13 @@ def test_parameters_without_names_are_refused_in_words(here):
         optimizer.load_state_dict(file.state_dict(), strict=False)
 
 
+def test_a_parameter_that_came_after_the_names_has_none():
+    optimizer = scheduled(named())
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="group 0 of this optimizer has no param_names"):
+        optimizer.load_state_dict(scheduled(named()).state_dict(), strict=False)
+
+
 def test_strict_is_the_default_and_returns_nothing():
     source = scheduled(named())
     steps(source, 0, 2)

@@ -72,6 +72,22 @@ def test_a_rate_without_a_value_is_not_read(schedule):
         assert optimizer.last_metrics()["step"] == [1]
 
 
+def test_counts_without_values_are_placed_outside_of_the_mode():
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(3))
+        group = {"params": [p], "scope": "one"}
+        optimizer = fusedlr.FusedAdamW([group], lr=0.1, schedule=fusedlr.cosine(2, 20))
+        p.grad = torch.ones(3)
+        optimizer.step()
+    (group,) = optimizer.param_groups
+    optimizer.scheduler.load_state_dict(optimizer.scheduler.state_dict())
+    assert group["k"] == 1
+    group["k"] = 3
+    assert group["k"] == 3
+    optimizer.reset_scope("one")
+    assert group["k"] == 0
+
+
 def test_a_step_without_values_is_refused_in_the_words_of_others():
     with FakeTensorMode():
         p = nn.Parameter(torch.ones(3))

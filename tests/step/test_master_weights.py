@@ -269,6 +269,17 @@ def test_copies_and_scopes_carry_it(dtype):
     assert torch.equal(next(optimizer.master_parameters()), value)
 
 
+def test_fp32_parameters_take_nothing_more_from_a_file():
+    small, whole = (
+        fusedlr.FusedAdamW([nn.Parameter(torch.ones(3, dtype=dtype))], lr=0.1, master_weights=True)
+        for dtype in (torch.float16, torch.float32)
+    )
+    set_grads(small), set_grads(whole)
+    small.step()
+    whole.load_state_dict(small.state_dict())
+    assert whole.state[params(whole)[0]].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
 def test_a_flag_that_is_none_is_refused():
     with pytest.raises(ValueError, match="master_weights='yes'"):
         fusedlr.FusedAdamW([nn.Parameter(torch.ones(1))], master_weights="yes")

@@ -490,6 +490,7 @@ def test_a_step_without_groups_does_nothing():
     optimizer = made()
     optimizer.param_groups.clear()
     optimizer.step()
+    copy.deepcopy(optimizer).step()
 
 
 class Nothing(TorchDispatchMode):
