@@ -153,6 +153,26 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def groups_are_made_once(rank: int) -> None:
+    """A group of processes takes memory and time: the world and a mesh's own are taken where they will do."""
+    halves = ((0, 1), (2, 3))
+    flat = [DeviceMesh("cpu", half) for half in halves][rank // 2]
+    square = [DeviceMesh("cpu", [half]) for half in halves][rank // 2]
+    world = DeviceMesh("cpu", halves)
+    made: list[Any] = []
+    new_group = distributed.new_group
+    distributed.new_group = lambda *given, **named: made.append(given) or new_group(*given, **named)
+    try:
+        for mesh, count in ((world, 0), (flat, 0), (square, 1), (square, 1)):
+            p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate(), Shard(0)][-mesh.ndim :]))
+            p.grad = torch.ones_like(p)
+            optimizer = fusedlr.FusedAdamW([p], **OPTIONS)
+            optimizer.step()
+            assert optimizer.metrics()["grad_norm"] == 2 and len(made) == count, (mesh, made)
+    finally:
+        distributed.new_group = new_group
+
+
 def on_the_machine(processes: int, backend: str) -> None:
     """The kernels of a GPU backend, executed on this processor: see tests/ptx."""
     assert driver.installed().missing == {}
@@ -171,6 +191,8 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     if backend in driver.BACKENDS:
         on_the_machine(processes, backend)
         return
+    if processes == 4:
+        groups_are_made_once(rank)
     for what, options in CASES.items():
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
             if dtype == torch.float32 and what != "clipping":

@@ -208,6 +208,19 @@ def a_mesh_of_one_process_concerns_no_other(rank: int) -> None:
     assert counted.get_total_counts() == 0
 
 
+def a_parameter_of_some_processes_counts_there_alone(rank: int) -> None:
+    everywhere, one = DeviceMesh("cpu", range(distributed.get_world_size())), DeviceMesh("cpu", [0])
+    params = []
+    for mesh in (everywhere, one):
+        p = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+        p.grad = distribute_tensor(torch.ones(8), mesh, [Shard(0)])
+        params.append(p)
+    ours = optimizer_of_params(params)
+    ours.step()
+    assert ours.metrics()["grad_norm"] == 4 and ours.metrics()["step"] == 1
+    assert (params[1].to_local() < 1).all() and params[1].to_local().numel() == (8 if rank == 0 else 0)
+
+
 def a_norm_is_taken_over_by_no_process_alone(rank: int) -> None:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
@@ -256,6 +269,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     gradients_that_are_spread_otherwise_are_refused()
     meshes_of_which_none_covers_the_other_are_refused()
     a_mesh_of_one_process_concerns_no_other(rank)
+    a_parameter_of_some_processes_counts_there_alone(rank)
     a_norm_is_taken_over_by_no_process_alone(rank)
     parts_kept_by_hand()
 
