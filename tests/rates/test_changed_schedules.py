@@ -130,6 +130,14 @@ def test_extending_leaves_the_rate_just_used_on_show():
     assert optimizer.scheduler.get_last_lr() == [pytest.approx(0.9 * PEAK)]
 
 
+def test_extending_leaves_a_rate_that_was_assigned_for_the_coming_update():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = fusedlr.FusedAdamW([p], lr=PEAK, schedule=fusedlr.linear(total_steps=10))
+    optimizer.param_groups[0]["lr"] = 0.3
+    optimizer.extend_schedule(total_steps=20)
+    assert optimizer.scheduler.get_last_lr() == [0.3]
+
+
 def test_groups_are_extended_each_by_its_own_rule():
     params = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     groups: list[dict[str, Any]] = [

@@ -236,6 +236,10 @@ def test_a_scope_hands_its_limit_and_what_it_has_seen_to_another(backend, device
     )
     alone.load_scope_state_dict("x", state)
     assert seen(alone) == seen(optimizer)[:2] and alone.param_groups[1]["max_grad_norm"] == QUICK
+    of_b = optimizer.scope_state_dict("b")
+    give(optimizer, 1.0)
+    optimizer.load_scope_state_dict("b", of_b)
+    assert [x[0] for x in seen(optimizer)] == [5, 5, 4]
     optimizer.reset_scope("a")
     assert [x[0] for x in seen(optimizer)] == [0, 0, 4]
 

@@ -84,6 +84,9 @@ def test_whether_a_step_would_make_tensors():
     for change in (
         lambda: groups[0].update(amsgrad=True),
         lambda: state[a].update(step=torch.tensor(3.0)),
+        lambda: setattr(state[a]["step"], "data", torch.tensor(3.0)),
+        lambda: state.pop(a),
+        lambda: groups[0]["params"].pop(),
         lambda: state[a].update(exp_avg=state[a]["exp_avg"].float()),
         lambda: groups[0]["params"].append(nn.Parameter(torch.ones(2))),
     ):

@@ -367,6 +367,9 @@ def test_reset_and_load_write_over_the_tensors_that_are_there(device, backend):
     optimizer.reset_scope("a", lr=0.1)
     assert all_addresses(optimizer) == addresses and same(values(optimizer, "b"), other)
     assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.4, 0.05, 0.2]
+    # the rate of the coming update of the one, and the one that the other has used
+    assert [group["lr"] for group in optimizer.param_groups[:2]] == [0.0, 0.0]
+    assert optimizer.param_groups[2]["lr"] == SCHEDULE.lr_at(2, 0.05)
     assert not any(x.any() for p in params_of(optimizer, "a") for x in optimizer.state[p].values())
     optimizer.load_scope_state_dict("a", file)
     assert all_addresses(optimizer) == addresses and same(values(optimizer, "b"), other)
