@@ -105,6 +105,19 @@ def a_step_like_the_last_makes_nothing() -> None:
     assert pickle.loads(pickle.dumps(ours.state_dict()["param_groups"]))
 
 
+def a_scope_that_is_assigned_is_one_on_every_process() -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    params = [nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)])) for _ in range(2)]
+    for p in params:
+        p.grad = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+    ours = optimizer_of_params([{"params": [p]} for p in params])
+    ours.step()
+    ours.param_groups[1]["scope"] = "own"
+    ours.step()
+    assert ours.metrics()["step"].tolist() == [2, 2]
+    torch.testing.assert_close(ours.metrics()["grad_norm"], torch.full((2,), 6**0.5), check_dtype=False)
+
+
 class Operations(TorchDispatchMode):
     """Notes the operators that are called."""
 
@@ -129,6 +142,8 @@ def options_that_are_taken_anew_bring_nothing_from_the_host() -> None:
     assert "c10d.allreduce_.default" in called.names
     # which `torch.tensor` calls
     assert "aten.lift_fresh.default" not in called.names, called.names
+    # nor is it found out again which scopes have a gradient here
+    assert "aten.fill_.Scalar" not in called.names, called.names
 
 
 def a_failure_on_one_process_is_one_on_all(rank: int) -> None:
@@ -264,6 +279,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     equals_one_process()
     a_zclip_sees_the_same_norms_on_every_process()
     a_step_like_the_last_makes_nothing()
+    a_scope_that_is_assigned_is_one_on_every_process()
     options_that_are_taken_anew_bring_nothing_from_the_host()
     a_failure_on_one_process_is_one_on_all(rank)
     gradients_that_are_spread_otherwise_are_refused()
