@@ -178,6 +178,21 @@ def a_failure_on_one_process_is_one_on_all(rank: int) -> None:
     torch.testing.assert_close(ours.grad_norm().item(), 8**0.5)
 
 
+def a_failure_where_nothing_is_agreed_on_holds_up_nobody(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+    q = nn.Parameter(torch.ones(2))
+    ours = fusedlr.FusedAdamW([("p", p), ("q", q)], lr=0.1)
+    p.grad = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+    q.grad = torch.ones(2).to_sparse() if rank == 1 else torch.ones(2)
+    if rank == 1:
+        with CommDebugMode() as counted:
+            refused(ours.step, "parameter 'q'")
+        assert counted.get_total_counts() == 0
+    else:
+        ours.step()
+
+
 def refused(call: Any, words: str) -> None:
     try:
         call()
@@ -282,6 +297,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     a_scope_that_is_assigned_is_one_on_every_process()
     options_that_are_taken_anew_bring_nothing_from_the_host()
     a_failure_on_one_process_is_one_on_all(rank)
+    a_failure_where_nothing_is_agreed_on_holds_up_nobody(rank)
     gradients_that_are_spread_otherwise_are_refused()
     meshes_of_which_none_covers_the_other_are_refused()
     a_mesh_of_one_process_concerns_no_other(rank)
