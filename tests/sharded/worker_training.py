@@ -251,6 +251,16 @@ def a_parameter_of_some_processes_counts_there_alone(rank: int) -> None:
     assert (params[1].to_local() < 1).all() and params[1].to_local().numel() == (8 if rank == 0 else 0)
 
 
+def a_scalers_flag_may_be_a_number(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+    ours = optimizer_of_params([p])
+    ours.grad_scale, ours.found_inf = 1.0, float(rank == 1)  # type: ignore[attr-defined]
+    ours.step()
+    assert ours.metrics()["skipped"] == 1 and (p.to_local() == 1).all()  # type: ignore[attr-defined]
+
+
 def a_norm_is_taken_over_by_no_process_alone(rank: int) -> None:
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
@@ -302,6 +312,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     meshes_of_which_none_covers_the_other_are_refused()
     a_mesh_of_one_process_concerns_no_other(rank)
     a_parameter_of_some_processes_counts_there_alone(rank)
+    a_scalers_flag_may_be_a_number(rank)
     a_norm_is_taken_over_by_no_process_alone(rank)
     parts_kept_by_hand()
 

@@ -66,7 +66,8 @@ def test_a_rate_without_a_value_is_not_read(schedule):
     with FakeTensorMode():
         p = nn.Parameter(torch.ones(3))
         optimizer = fusedlr.FusedAdamW([p], lr=0.1, schedule=schedule)
-        optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+        # torch knows the value of one that `torch.tensor` makes
+        optimizer.param_groups[0]["lr"] = torch.full((), 0.1)
         p.grad = torch.ones(3)
         optimizer.step()
         assert optimizer.last_metrics()["step"] == [1]

@@ -407,6 +407,17 @@ def test_a_reset_with_bad_arguments_changes_nothing(arguments, error, message):
         optimizer.reset_scope("a", **arguments)
 
 
+def test_a_reset_gives_a_rate_then_a_schedule():
+    optimizer = adapters("a", schedule=None)
+    optimizer.step()
+    optimizer.reset_scope("a", lr=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.4]
+    assert not any("initial_lr" in group for group in optimizer.param_groups)
+    optimizer.reset_scope("a", schedule=SCHEDULE)
+    assert [group["schedule"] for group in optimizer.param_groups] == [SCHEDULE] * 2
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.4]
+
+
 def test_a_peak_of_0_cannot_be_scaled():
     optimizer = adapters("a")
     optimizer.param_groups[0]["initial_lr"] = 0.0
