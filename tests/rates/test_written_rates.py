@@ -271,6 +271,14 @@ def test_one_warning_in_all_names_both_rates_and_points_at_the_caller():
     assert warning.filename == __file__
 
 
+def test_a_tensor_is_not_compared_with_the_schedule():
+    """On a GPU to read it would wait."""
+    optimizer = scheduled()
+    optimizer.param_groups[0]["lr"] = torch.tensor(optimizer.param_groups[0]["lr"])
+    with pytest.warns(UserWarning, match="lr=a tensor was assigned to group 0 from outside"):
+        step(optimizer, 0)
+
+
 def test_no_warning_where_the_foreign_rate_is_the_schedules():
     optimizer = scheduled()
     with recorded() as caught:

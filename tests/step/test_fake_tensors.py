@@ -60,19 +60,6 @@ def test_a_run_without_values_has_the_shapes_and_rates_of_a_real_one(name, backe
     assert rates == want
 
 
-@pytest.mark.filterwarnings("ignore:lr=a tensor was assigned")
-@pytest.mark.parametrize("schedule", [None, fusedlr.cosine(2, 20)])
-def test_a_rate_without_a_value_is_not_read(schedule):
-    with FakeTensorMode():
-        p = nn.Parameter(torch.ones(3))
-        optimizer = fusedlr.FusedAdamW([p], lr=0.1, schedule=schedule)
-        # torch knows the value of one that `torch.tensor` makes
-        optimizer.param_groups[0]["lr"] = torch.full((), 0.1)
-        p.grad = torch.ones(3)
-        optimizer.step()
-        assert optimizer.last_metrics()["step"] == [1]
-
-
 def test_counts_without_values_are_placed_outside_of_the_mode():
     with FakeTensorMode():
         p = nn.Parameter(torch.ones(3))

@@ -213,6 +213,15 @@ def test_a_skipped_step_leaves_the_rest(device, backend):
         assert torch.equal(optimizer.state[p][rest], kept) and kept.any()
 
 
+def test_a_first_step_that_is_skipped_leaves_the_fp32_value_of_the_parameter():
+    p = nn.Parameter(torch.full((9,), 0.5, dtype=torch.float16))
+    optimizer = fusedlr.FusedAdamW([p], lr=1e-4, max_grad_norm=1.0, master_weights=True)
+    set_grads(optimizer, 0)
+    spoil(optimizer)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["master_param"], p.float())
+
+
 # files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kit import (
 )
 from snapshots import bits, params_of, unchanged
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import fusedlr
 
@@ -196,6 +198,32 @@ def test_strides_do_not_matter(which, max_grad_norm):
         assert not params_of(ours)[0].is_contiguous()
     # gradients are only read
     assert all(p.grad.abs().sum() > 0 for p in params_of(ours) if p.numel())
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor whose numbers are in another one."""
+
+    def __new__(cls, held: torch.Tensor) -> Any:
+        x = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        x.held = held
+        return x
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unwrap = lambda x: x.held if isinstance(x, Elsewhere) else x  # noqa: E731
+        return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+
+
+def test_a_gradient_without_memory_of_its_own_is_read_by_torch():
+    ours, stock = make(), make_stock()
+    for k in range(2):
+        set_grads(ours, k)
+        set_grads(stock, k)
+        for p in params_of(ours):
+            p.grad = Elsewhere(p.grad)
+        ours.step()
+        stock.step()
+    assert_same(ours, stock)
 
 
 def test_an_expanded_gradient_is_read_as_it_is():
