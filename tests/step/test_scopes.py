@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import SCHEDULE, make_params, quiet, set_grads
+from kit import SCHEDULE, make_params, quiet, set_grads, silent
 from snapshots import changes, snapshot, unchanged
 from torch import Tensor, nn
 
@@ -679,6 +679,22 @@ def test_an_extended_schedule_shows_every_scopes_own_rate():
     rates = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
     # the coming one of a, and the one that b has used
     assert rates == pytest.approx([1 - 1 / 20, 1 - 1 / 20, 1, 1])
+
+
+def test_the_rate_on_show_is_the_one_that_each_scope_has_used():
+    optimizer = adapters("a", "b", schedule=fusedlr.linear(total_steps=10))
+    optimizer.step()
+    optimizer.step(only="a")
+    # a plain dict does not tell that its rate is ours
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with silent():
+        optimizer.step(only="a")
+    optimizer.extend_schedule(20)
+    rates = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.8, 0.8, 1, 1])
+    with silent():
+        optimizer.step(only="b")
+    assert optimizer.param_groups[2]["lr"] == pytest.approx(0.05 * (1 - 1 / 20))
 
 
 def test_a_schedulers_state_whose_scopes_are_in_another_order_is_refused():
