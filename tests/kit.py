@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from snapshots import params_of
 from torch import Tensor, nn
@@ -25,11 +26,17 @@ from torch.optim import Optimizer
 import fusedlr
 from fusedlr import backends
 from fusedlr import step as step_module
+from fusedlr.backends import compiled
 from fusedlr.backends.order import StepInputs
 from fusedlr.columns import STATE
 from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 
 ROOT = Path(__file__).resolve().parents[1]
+# the C++ kernel, where it has been built, and the reference
+CPU_BACKENDS = (
+    pytest.param("cpu", marks=pytest.mark.skipif(compiled.cpu is None, reason=str(compiled.cpu_error))),
+    "reference",
+)
 PEAK = 0.05
 SCHEDULE = fusedlr.linear(warmup_steps=3, total_steps=12, min_lr_ratio=0.1)
 # with the ends: a scalar, and a tensor without elements
@@ -160,9 +167,10 @@ def through_a_file(state: Any) -> Any:
 
 @contextmanager
 def recorded() -> Iterator[list[warnings.WarningMessage]]:
-    """Every warning that code gives, once per time."""
+    """Every warning that code gives, once per time, but that nothing faster than the reference is built."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", fusedlr.FallbackWarning)
         yield caught
 
 
@@ -180,11 +188,12 @@ class quiet(warnings.catch_warnings):
 
 
 class silent(warnings.catch_warnings):
-    """For code that must not warn."""
+    """For code that must not warn, but that nothing faster than the reference is built."""
 
     def __enter__(self) -> Any:
         super().__enter__()
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", fusedlr.FallbackWarning)
 
 
 def module_at(path: Path) -> ModuleType:

@@ -110,7 +110,7 @@ def overflow(optimizer: fusedlr.FusedAdamW, times: int) -> list[warnings.Warning
             spoil(optimizer)
             optimizer.step()
             optimizer.last_metrics()
-    return [w for w in caught if not issubclass(w.category, fusedlr.FallbackWarning)]
+    return caught
 
 
 def test_ten_skips_in_a_row_warn_once():
@@ -118,7 +118,7 @@ def test_ten_skips_in_a_row_warn_once():
     assert overflow(optimizer, 9) == []
     (warning,) = overflow(optimizer, 1)
     assert "10 optimizer steps in a row were skipped" in str(warning.message)
-    assert "gradient norm inf" in str(warning.message)
+    assert "gradient norm inf" in str(warning.message) and "scope" not in str(warning.message)
     assert warning.filename == __file__
     assert overflow(optimizer, 25) == []
     assert skipped(optimizer) == 35

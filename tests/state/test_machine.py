@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from kit import counters, quiet, through_a_file, torchs_part
+from kit import CPU_BACKENDS, counters, quiet, through_a_file, torchs_part
 from torch import Tensor, nn
 
 import fusedlr
@@ -635,7 +635,7 @@ def _assign(optimizer: Any, groups: list[Any]) -> None:
     optimizer.param_groups = groups
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_any_order_of_operations_gives_what_stock_torch_gives(backend):
     with quiet():
         run_state_machine_as_test(lambda: Machine(backend), settings=SETTINGS)

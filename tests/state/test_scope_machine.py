@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from kit import counters, quiet, through_a_file
+from kit import CPU_BACKENDS, counters, quiet, through_a_file
 from torch import Tensor, nn
 
 import fusedlr
@@ -330,7 +330,7 @@ class Scopes(RuleBasedStateMachine):
         assert dict(zip(self.ours.scopes, skips, strict=True)) == twins
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_adapters_in_one_optimizer_are_as_alone(backend):
     with quiet():
         run_state_machine_as_test(lambda: Scopes(backend), settings=fuzzing(150, 25))

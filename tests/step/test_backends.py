@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from kit import make, prepare_anew, recorded, scheduled, set_grads, steps
+from kit import make, prepare_anew, scheduled, set_grads, steps
 from snapshots import unchanged
 
 import fusedlr
@@ -64,13 +64,22 @@ def test_falling_back_is_said_once_with_the_reasons(monkeypatch):
     monkeypatch.setattr(compiled, "cpu_error", "the C++ kernel was not built")
     optimizer = make()
     assert optimizer.backend == "reference"
-    with recorded() as caught:
+    with pytest.warns(fusedlr.FallbackWarning) as caught:
         set_grads(optimizer)
         for _ in range(3):
             optimizer.step()
     (warning,) = [w for w in caught if issubclass(w.category, fusedlr.FallbackWarning)]
     assert all(f"{name}: " in str(warning.message) for name in ("cpu", "cuda", "triton"))
     assert warning.filename == __file__
+
+
+def test_an_optimizer_that_trains_nothing_runs_where_nothing_is_built(monkeypatch):
+    monkeypatch.setattr(compiled, "cpu", None)
+    monkeypatch.setattr(compiled, "cpu_error", "the C++ kernel was not built")
+    optimizer = make()
+    optimizer.param_groups[0]["params"].clear()
+    assert optimizer.backend == "reference"
+    optimizer.step()
 
 
 @pytest.mark.skipif(compiled.host is None, reason=str(compiled.host_error))

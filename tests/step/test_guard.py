@@ -189,6 +189,11 @@ def test_the_groups_of_a_scope_keep_what_it_has_seen_whatever_becomes_of_the_fir
     optimizer.param_groups.insert(0, optimizer.param_groups.pop())
     optimizer._counts.adopt(optimizer.param_groups)
     assert [x[0] for x in seen(optimizer)] == [5, 4, 5, 4]
+    # put there as tools do, it is the first of its scope at once, while another scope has seen more
+    another = {**optimizer.param_groups[1], "params": [nn.Parameter(torch.ones(2))], "scope": "a"}
+    optimizer.param_groups.insert(0, another)
+    optimizer._counts.adopt(optimizer.param_groups)
+    assert [x[0] for x in seen(optimizer)] == [4, 5, 4, 5, 4]
 
 
 def test_a_copy_a_pickle_and_a_file_go_on_bit_for_bit(device, backend):

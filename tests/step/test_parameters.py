@@ -99,6 +99,15 @@ def test_whether_a_step_would_make_tensors():
         assert is_allocated(optimizer)
 
 
+def test_a_step_that_would_make_tensors_is_not_captured(monkeypatch):
+    optimizer = make()
+    set_grads(optimizer)
+    monkeypatch.setattr(optimizer._planner, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="make one step outside the CUDA graph before capturing it"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_nothing_to_train_at_all_is_a_step():
     optimizer = scheduled([nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)])
     optimizer.step()

@@ -494,9 +494,11 @@ def test_a_step_without_groups_does_nothing():
 
 
 class Nothing(TorchDispatchMode):
-    """No operator may be called."""
+    """No operator may be called but the one that compares dtypes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.promote_types.default:
+            return func(*args)
         raise AssertionError(f"{func} was called")
 
 
@@ -507,7 +509,10 @@ def test_no_operator_is_called_and_nothing_allocated():
     with Nothing():
         for _ in range(3):
             optimizer.step()
-    assert optimizer.metrics()["step"].tolist() == [4, 4]
+        # whatever it is that is looked at again, no tensor is made or copied for it
+        prepare_anew(optimizer)
+        optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [5, 5]
 
 
 @pytest.mark.parametrize(

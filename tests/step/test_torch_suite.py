@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import settings
-from kit import ROOT, through_a_file
+from kit import CPU_BACKENDS, ROOT, through_a_file
 from snapshots import bits, params_of
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def adamw() -> Iterator[Any]:
     yield next(info for info in kit.optim_db if info.optim_cls is torch.optim.AdamW)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=CPU_BACKENDS)
 def build(request: pytest.FixtureRequest) -> Callable[..., fusedlr.FusedAdamW]:
     return lambda params, **options: fusedlr.FusedAdamW(params, backend=request.param, **options)
 

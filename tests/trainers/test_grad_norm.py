@@ -384,6 +384,27 @@ def test_a_rate_of_zero_given_by_another_scheduler_still_counts_as_given():
     assert all(map(torch.equal, params_of(optimizer), before))
 
 
+def test_it_is_measured_where_a_step_would_only_allocate():
+    optimizer = make()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    set_gradients(optimizer, 0, scale=0.0)
+    assert optimizer.grad_norm() == 0
+
+
+@watched
+def test_to_ask_again_takes_no_options_anew(monkeypatch):
+    optimizer = make(max_grad_norm=1.0)
+    set_gradients(optimizer, 0)
+    optimizer.step()
+
+    def refuse(*options):
+        raise AssertionError("options were taken anew")
+
+    monkeypatch.setattr(optimizer._planner.plan.stepper, "assign", refuse)
+    torch.testing.assert_close(optimizer.grad_norm().double(), expected(optimizer))
+
+
 def test_without_gradients_it_is_zero():
     optimizer = make()
     assert optimizer.grad_norm() == 0

@@ -20,6 +20,8 @@ _KINDS = {
 def why_not(devices: Iterable[torch.device], of: Callable[[torch.device], str | None]) -> str | None:
     """Why a backend cannot update tensors on these devices, or None; `of` tells for a single one."""
     devices = set(devices)
+    if not devices:
+        return "there is no tensor that could be on its device"
     if len(devices) > 1:
         return "it does not run on several devices at once"
     return next(filter(None, map(of, devices)), None)
