@@ -411,7 +411,8 @@ def parameter_name(group: dict[str, Any], group_index: int, p: Tensor) -> str:
     """How an error calls a parameter: by its name if it has one, else by its place."""
     position = next(i for i, other in enumerate(group["params"]) if other is p)
     name = name_of(group, group_index, position)
-    return f"parameter {name!r}" if group.get("param_names") else f"{name}, shape {tuple(p.shape)}"
+    named = position < len(group.get("param_names") or ())
+    return f"parameter {name!r}" if named else f"{name}, shape {tuple(p.shape)}"
 
 
 def name_of(group: dict[str, Any], group_index: int, position: int) -> str:
