@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedlr import arguments, recorder
+from fusedlr.arrival import Arrival
 from fusedlr.columns import COUNTS, METRICS, NORMS, USED
 from fusedlr.groups import (
     Notes,
@@ -44,8 +45,7 @@ _PACKED = COUNTS.index("found")
 class _Copy:
     """A copy of the counters on its way to the host."""
 
-    values: Tensor
-    arrived: torch.Event
+    counters: Arrival
     advances: list[int]
 
 
@@ -304,16 +304,11 @@ class Counts:
             # events cannot be queried then
             return
         if self._in_flight is not None:
-            if not self._in_flight.arrived.query():
+            rows = self._in_flight.counters.values()
+            if rows is None:
                 return
-            self._take(self._in_flight.values.tolist(), self._in_flight.advances)
-        packed = _pack(self.counters)
-        values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-        values.copy_(packed, non_blocking=True)
-        arrived = torch.Event(device)
-        # of the counters' device, which may not be the current one
-        arrived.record(torch.accelerator.current_stream(device))
-        self._in_flight = _Copy(values, arrived, list(self._advances))
+            self._take(rows, self._in_flight.advances)
+        self._in_flight = _Copy(Arrival(_pack(self.counters)), list(self._advances))
 
     def sync(self) -> None:
         """Read the counters now (waits for the device)."""

@@ -35,6 +35,7 @@ from fusedlr.groups import (
 from fusedlr.guard import ZClip
 from fusedlr.guard import max_grad_norm as checked_limit
 from fusedlr.kept import Kept
+from fusedlr.latest import Latest
 from fusedlr.planner import NO_SIGNALS, Planner, choose_backend
 from fusedlr.record import Record
 from fusedlr.recorded import Recording
@@ -189,6 +190,7 @@ class FusedAdamW(Optimizer):
         if norms is not None:
             self._counts.place_norms(norms)
         self._planner = Planner(self._settings, self._notes, self._counts)
+        self._latest = Latest()
 
     @eager
     def step(self, closure: Callable[[], Any] | None = None, *, only: Any = None) -> Any:
@@ -608,6 +610,34 @@ class FusedAdamW(Optimizer):
                 raise RuntimeError("nothing was recorded: build the optimizer with record=fusedlr.Record()")
             layout = self._planner.layout(self.param_groups, self.state)
             return recorder.read(ring, self.param_groups, layout, joint=self._joint)
+
+    @eager
+    def last_update_ratios(self) -> dict[str, float]:
+        """How much of themselves tensors moved in the last step, a few numbers for whoever logs them.
+
+        Never waits: what `last_metrics` says of a GPU holds here too. Of shards, this process's part.
+
+        Returns:
+            By kind of tensor, `lora_A`, `lora_B`, `matrices` and `vectors`, the median of |change| /
+            |parameter before|. Of several adapters each has its own, as `lora_A/first`. Without tensors that
+            were 0 before the step. Empty without `record=Record(tensors=True)`.
+
+        >>> import fusedlr
+        >>> p = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = fusedlr.FusedAdamW([p], lr=0.5, weight_decay=0, record=fusedlr.Record())
+        >>> p.grad = torch.ones(2, 2)
+        >>> optimizer.step()
+        >>> {kind: round(ratio, 4) for kind, ratio in optimizer.last_update_ratios().items()}
+        {'matrices': 0.5}
+        """
+        with self._lock:
+            ring = self._counts.counters.ring
+            return {} if ring is None else self._latest.ratios(ring, self.param_groups)
+
+    @property
+    def recorded(self) -> Record | None:
+        """What the steps record, `record` as the optimizer was given it."""
+        return self._settings["record"]
 
     def _read_record(self) -> dict[str, Any] | None:
         """What a file has of the recorded steps; None where none are."""

@@ -34,7 +34,7 @@ def read(ring: Ring, groups: Sequence[Any], layout: Layout | None, *, joint: boo
     if len(scopes) == 1:
         of_scopes = {name: x.reshape(-1) for name, x in of_scopes.items()}
     skipped = of_scopes.pop("skip") == 1
-    names, sums = _whole(_names(ring.params, groups), _counted(sums, ring.params, layout), layout)
+    names, sums = _whole(names_of(ring.params, groups), _counted(sums, ring.params, layout), layout)
     by_sum = dict(zip(SUMS, torch.where(sums < 0, math.nan, sums).unbind(1), strict=True))
     change = by_sum["change"]
     arrays = {
@@ -63,7 +63,7 @@ def in_order(ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
     return ints[order], ring.used.cpu().double()[order], ring.sums.cpu().double()[order]
 
 
-def _names(params: Sequence[Tensor], groups: Sequence[Any]) -> list[str]:
+def names_of(params: Sequence[Tensor], groups: Sequence[Any]) -> list[str]:
     """What the parameters are called; adapters may call theirs alike."""
     names = {
         id(p): (name_of(group, i, j), i)
@@ -200,4 +200,4 @@ def _rank(layout: Layout | None) -> int | None:
     return None if layout is None else torch.distributed.get_rank()
 
 
-__all__ = ["checked", "in_order", "read", "restore", "saved"]
+__all__ = ["checked", "in_order", "names_of", "read", "restore", "saved"]
