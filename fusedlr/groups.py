@@ -423,6 +423,14 @@ def name_of(group: dict[str, Any], group_index: int, position: int) -> str:
     return f"parameter {position} of group {group_index}"
 
 
+def give_names(groups: Sequence[Any], named: Iterable[tuple[str, Any]]) -> None:
+    """Name the parameters of groups without names. As torch wants it, all are named or none is."""
+    names = {id(p): name for name, p in named}
+    if all("param_names" not in group and all(id(p) in names for p in group["params"]) for group in groups):
+        for group in groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
+
+
 def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: Any) -> None:
     """Give a new group its schedule, or `default`, its peak and its first rate.
 

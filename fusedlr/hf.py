@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from transformers import Trainer, TrainerCallback
 
+from fusedlr.groups import give_names
 from fusedlr.guard import ZClip
 from fusedlr.hf_cooldown import Cooldown
+from fusedlr.hf_options import constructor_arguments
+from fusedlr.logs import Nonfinite, scalars, write_recording
 from fusedlr.optimizer import FusedAdamW
 from fusedlr.schedule import Schedule, from_hf, knows_hf
 from fusedlr.scheduler import ScheduleView
@@ -83,12 +86,13 @@ class FusedLRTrainerMixin(_Base):
     scheduler and norm stands: only transformers' own methods, which it may call, are replaced. An optimizer
     passed to the Trainer is used as it is; a `FusedAdamW` without a schedule gets the one of the arguments.
     If the optimizer is not `FusedAdamW` in the end, a warning at the beginning of the training says so.
-    Where parameters that are trained are bf16 it has `master_weights=True`, and a warning says so once;
-    `TrainingArguments(optim_args="master_weights=false")` turns that off, and `=true` on for fp16 ones.
+    Where parameters that are trained are bf16 it has `master_weights=True`, and a warning says so once.
+    `TrainingArguments(optim_args="...")` turns that off (`master_weights=false`), or on for fp16 ones, and
+    asks for a record (`record=1024`) and for a `fusedlr.ZClip` (`zclip=2.5`); separated by commas.
     With FSDP 1 and DeepSpeed the Trainer clips; with FSDP 2 the step does, as on one device.
 
     Raises:
-        ValueError: `optim` is not one of torch's AdamW, or `optim_args` says neither true nor false.
+        ValueError: `optim` is not one of torch's AdamW, or `optim_args` asks for what there is not.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,16 +109,21 @@ class FusedLRTrainer(FusedLRTrainerMixin, Trainer):
 
 
 class FusedLRCallback(TrainerCallback):
-    """Logs skipped steps, and says when a run and its schedule do not end together.
+    """Logs what `fusedlr.logs.scalars` has, and says when a run and its schedule do not end together.
 
-    `skipped_steps` appears beside the loss once a step has been skipped, as of the last copy that has reached
-    the host: nothing waits for the device. `FusedLRTrainer` brings it along; with a plain Trainer pass
-    `callbacks=[FusedLRCallback()]`, and reporters listed before it will not see the number.
+    Beside the loss appear `skipped_steps` once a step has been skipped, and `update_ratio/...` where the
+    optimizer records tensors, as of the last copy that has reached the host: nothing waits for the device. A
+    warning names the first tensor whose gradient was inf or nan in a skipped step. At the end of the training
+    a recording goes to `record.npz` in `output_dir`. `FusedLRTrainer` brings the callback along; with a plain
+    Trainer pass `callbacks=[FusedLRCallback()]`, and reporters listed before it will not see the numbers.
     """
 
-    _told = False
     # who made the optimizer, where that is known
     origin = ""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._nonfinite = Nonfinite()
 
     def on_train_begin(
         self,
@@ -154,22 +163,25 @@ class FusedLRCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Add `skipped_steps` to what is logged."""
+        """Add our numbers to what is logged with the loss."""
         fused = unwrap(optimizer)
         if fused is None or not logs or "loss" not in logs:
             return
-        skipped = fused.last_metrics()["skipped"]
-        total = sum(skipped) if isinstance(skipped, list) else skipped
-        if total:
-            logs["skipped_steps"] = total
-            if state.log_history:
-                # the history has got a copy of the logs already
-                state.log_history[-1]["skipped_steps"] = total
+        self._nonfinite.tell(fused)
+        # the Trainer's own norm is that of this very step
+        new = {name: value for name, value in scalars(fused).items() if name not in logs}
+        logs.update(new)
+        if state.log_history:
+            # the history has got a copy of the logs already
+            state.log_history[-1].update(new)
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Compare the schedule's length with the updates made, unless somebody stopped the run early."""
+        """Write the recording; compare the schedule's length with the updates made, unless stopped early."""
         fused = unwrap(optimizer)
-        if fused is not None and state.global_step >= state.max_steps:
+        if fused is None:
+            return
+        write_recording(fused, args.output_dir, writes=state.is_world_process_zero)
+        if state.global_step >= state.max_steps:
             self._compare(optimizer, int(fused.metrics()["step"].max()), "training ended after")
 
     def _compare(self, optimizer: Any, updates: int, event: str) -> None:
@@ -253,23 +265,17 @@ def _replaced(cls: Any, kwargs: dict[str, Any], args: Any, model: Any = None) ->
     # a subclass has a step of its own, which stands
     if cls is not torch.optim.AdamW:
         return cls, kwargs
-    return FusedAdamW, {**kwargs, "master_weights": True} if _master_weights(args, model) else kwargs
+    asked = constructor_arguments(args.optim_args)
+    if "master_weights" not in asked and _trains_bf16(model):
+        asked["master_weights"] = True
+        _say_master_weights()
+    return FusedAdamW, {**kwargs, **asked}
 
 
-def _master_weights(args: Any, model: Any) -> bool:
-    """What `optim_args` says, else whether the model trains bf16 parameters; None is no reason to."""
-    options = (option.partition("=") for option in (args.optim_args or "").replace(" ", "").split(","))
-    asked = {name: value for name, _, value in options}.get("master_weights")
-    if asked is not None:
-        if asked.lower() not in ("true", "false"):
-            raise ValueError(f"optim_args={args.optim_args!r}: master_weights is neither true nor false")
-        return asked.lower() == "true"
-    found = model is not None and any(
+def _trains_bf16(model: Any) -> bool:
+    return model is not None and any(
         p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()
     )
-    if found:
-        _say_master_weights()
-    return found
 
 
 @functools.cache
@@ -293,6 +299,8 @@ def _create_scheduler(trainer: Any, stock: Any, num_training_steps: int, optimiz
         return stock(num_training_steps, optimizer)
     _warn_without_hook(trainer.args.max_grad_norm)
     _report_first(trainer)
+    # the Trainer makes its groups without them
+    give_names(fused.param_groups, trainer.model.named_parameters())
     # another run starts the arguments' schedule anew, and leaves one of the caller's alone
     own = schedule_of(fused)
     if own is None or own.original == _started.get(fused):
