@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,8 @@ def test_tensorboard_gets_them_through_the_trainers_own_logger(tmp_path, monkeyp
 
     utils = importlib.import_module("transformers.integrations.integration_utils")
     monkeypatch.setattr(utils, "is_tensorboard_available", lambda: True)
+    tensorboard = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     callback = utils.TensorBoardCallback(tb_writer=Writer())
     train(hf.FusedLRTrainer, tmp_path, optim_args="record=true", trainer={"callbacks": [callback]})
     recorded = Recording.load(tmp_path / "record.npz")["tensor_update_ratio"][:, 1].tolist()
