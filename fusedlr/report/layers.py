@@ -5,6 +5,7 @@ Names of PEFT give A and B matrices; any other names give layers by the first nu
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ def places(names: Sequence[str]) -> list[Place]:
 
 def _split(name: str) -> tuple[list[str], list[str], str, str]:
     """Parts of the layer and of the module, the matrix, and the adapter's name."""
+    # optimizer.record() tells parameters of one name apart so, which is as good as an adapter's name
+    alike = re.fullmatch(r"(.*) \(((?:group|part) \d+)\)", name)
+    name, apart = (alike[1], alike[2]) if alike else (name, "")
     parts, matrix, adapter = name.split("."), "", ""
     role = peft_names.role(name)
     if role is not None:
@@ -85,7 +89,7 @@ def _split(name: str) -> tuple[list[str], list[str], str, str]:
         cut = number + 1
     else:
         cut = len(parts) if matrix else max(1, len(parts) - 1)
-    return parts[:cut], parts[cut:], matrix, adapter
+    return parts[:cut], parts[cut:], matrix, f"{adapter} {apart}".strip()
 
 
 def _common(heads: Sequence[Sequence[str]]) -> int:

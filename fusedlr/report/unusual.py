@@ -28,6 +28,13 @@ TREND = 3.0
 FALL = 0.9
 # times the norm at the beginning: noise of batches does not make it in the median of a fifth of the run
 GROWTH = 3.0
+# updates in which a run without warm-up is at its most fragile, and what its norm rises to in them, times the
+# first norm: 7 to 44 in the demo's quick model without one, up to 3 with one or at lower rates (2026-11)
+FIRST, JUMP = 10, 5.0
+# Of itself a matrix moves in an update by about its rate over the size of its elements. A of LoRA begins with
+# 1/sqrt(3 n), n its inputs: 2 % at a rate of 2e-4 and 4,096 inputs. In the demo's quick model runs that learn
+# stay below 8 % after a warm-up, and those that the rate ruins are above 10 % in 16 updates or more (2026-11)
+STRIDE, STEADY = 0.1, 0.05
 # Iglewicz and Hoaglin (1993): a modified z-score above 3.5 is an outlier. Layers whose ratios are all alike
 # would have outliers that nobody can see, so three times the ratio of the others is asked for too
 OUTLIER, FACTOR = 3.5, 3.0
@@ -39,7 +46,7 @@ NAMED = 4
 
 def unusual(run: Run) -> list[str]:
     """A sentence for everything that this file looks for and finds."""
-    looks = (_rates, _limits, _warmups, _growth, _skips, _applied, _still, _layers)
+    looks = (_rates, _limits, _first, _strides, _warmups, _growth, _skips, _applied, _still, _layers)
     return [words for look in looks for words in look(run)]
 
 
@@ -84,8 +91,57 @@ def _limits(run: Run) -> Iterator[str]:
             )
 
 
+def _first(run: Run) -> Iterator[str]:
+    """A norm that jumps in the first updates of a run that has hardly a warm-up."""
+    for scope in range(run.norm.shape[1]):
+        columns, warmup = _scheduled(run, scope)
+        if not columns or warmup >= FIRST:
+            continue
+        k, norm, made = run.recording["k"][:, columns[0]], run.norm[:, scope], run.made[:, scope]
+        begin = np.flatnonzero(made & (k == 0))
+        rows = np.flatnonzero(made & (k > 0) & (k <= FIRST))
+        if not len(begin) or not len(rows):
+            continue
+        first, row = norm[begin[0]], rows[norm[rows].argmax()]
+        if norm[row] > JUMP * first:
+            has = f"a warm-up of {warmup:,}" if warmup else "no warm-up"
+            yield (
+                f"the norm{_of(run, scope)} jumps in the first updates, from {first:.3g} to {norm[row]:.3g} "
+                f"in step {run.steps[row]:,}, and the schedule has {has}: with a longer one the moments "
+                "settle before the rate is high"
+            )
+
+
+def _scheduled(run: Run, scope: int) -> tuple[list[int], int]:
+    """The columns of the scope's groups that have a schedule, and their longest warm-up in updates."""
+    groups = run.recording["groups"]
+    columns = [i for i, of in enumerate(run.scope_of_group) if of == scope and groups[i].schedule is not None]
+    return columns, max((warmup_steps(groups[i].schedule) for i in columns), default=0)
+
+
+def _strides(run: Run) -> Iterator[str]:
+    """Matrices that move by much of themselves in many updates, which those of a run that learns do not."""
+    found, ends = places(run.recording["names"]), run.recording["names"]
+    chosen = [i for i, place in enumerate(found) if place.matrix.startswith("A")]
+    # without LoRA all matrices begin with their full size
+    what = "A matrices" if chosen else "weights"
+    chosen = chosen or [i for i, place in enumerate(found) if not place.matrix and ends[i].endswith("weight")]
+    moved = median(movement(run.recording)[:, chosen], 1)
+    much = moved > STRIDE
+    if much.sum() >= FEW / 2:
+        row = int(np.nanargmax(moved))
+        yield (
+            f"the {what} move by more than {STRIDE:.0%} of themselves in {much.sum():,} updates, most in "
+            f"step {run.steps[row]:,}, by {moved[row]:.0%}: the rate is too high. With "
+            f"{STEADY / moved[row]:.2g} times the rate that would be {STEADY:.0%}"
+        )
+
+
 def _warmups(run: Run) -> Iterator[str]:
     """A warm-up that ends while the norm still falls."""
+    if any(_strides(run)):
+        # the norm falls because the rate has done its harm
+        return
     seen = set()
     for column, group in enumerate(run.recording["groups"]):
         warmup = 0 if group.schedule is None else warmup_steps(group.schedule)
@@ -131,10 +187,7 @@ def _growth(run: Run) -> Iterator[str]:
     """A norm that grows after the warm-up."""
     for scope in range(run.norm.shape[1]):
         columns = [i for i, of in enumerate(run.scope_of_group) if of == scope]
-        groups = run.recording["groups"]
-        warmup = max(
-            (warmup_steps(groups[i].schedule) for i in columns if groups[i].schedule is not None), default=0
-        )
+        warmup = _scheduled(run, scope)[1]
         risen = (run.recording["k"][:, columns] >= warmup).all(1)
         norms = run.norm[run.made[:, scope] & risen, scope]
         fifth = len(norms) // 5

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from recordings import GROUPS, NAMES, STEPS, WARMUP, healthy, recording, skip
 
+import fusedlr
 from fusedlr import cli
 from fusedlr.recorded import Recording
 from fusedlr.report.layers import heat, places, short
@@ -70,6 +71,14 @@ CASES = {
     ),
     "warm-up": (falls, ["the warm-up ends while the norm still falls: it is "]),
     "a norm that settles within the warm-up": (settles, []),
+    "a norm that falls as the rate does harm": (
+        lambda a: (falls(a), a["tensor_update_ratio"].__imul__(150)),
+        ["the A matrices move by more than 10% of themselves in "],
+    ),
+    "a few large strides": (
+        lambda a: a["tensor_update_ratio"][5:12].__imul__(2000),
+        [],
+    ),
     "growth": (
         lambda a: a.update(grad_norm=a["grad_norm"] * np.exp(a["step"] / 100)),
         ["the norm has grown from "],
@@ -125,6 +134,39 @@ def test_each_thing_is_said_and_nothing_else(name):
     assert all(words.startswith(begin) for words, begin in zip(said, expected, strict=True)), said
 
 
+@pytest.mark.parametrize("warmup", [0, 1, WARMUP])
+def test_a_jump_in_the_first_updates_is_for_want_of_a_warm_up(warmup):
+    schedule = fusedlr.cosine(warmup_steps=warmup, total_steps=STEPS)
+    groups = [replace(group, schedule=schedule) for group in GROUPS]
+
+    def jump(a: dict[str, Any]) -> None:
+        a["grad_norm"][:10] = 1.0
+        a["grad_norm"][3] = 7.0
+        rates = np.array([[schedule.lr_at(k, group.peak) for group in groups] for k in range(STEPS)])
+        a["lr"] = rates.astype(np.float32)
+
+    said = found(jump, groups=groups)
+    if warmup == WARMUP:
+        # one spike is nothing that a run with a warm-up is told
+        assert said == []
+        return
+    has = "a warm-up of 1" if warmup else "no warm-up"
+    assert said == [
+        f"the norm jumps in the first updates, from 1 to 7 in step 3, and the schedule has {has}: with a "
+        "longer one the moments settle before the rate is high"
+    ]
+    # a recording that begins later does not know
+    made = recording(jump, groups=groups)
+    later = {name: made[name][1:] for name in made if isinstance(made[name], np.ndarray)}
+    assert unusual(Run("run", Recording(later, names=NAMES, groups=groups))) == []
+
+
+def test_without_lora_the_weights_stride():
+    names = [name.replace("lora_A.default", "up").replace("lora_B.default", "down") for name in NAMES]
+    said = found(lambda a: a["tensor_update_ratio"].__imul__(150), names=names)
+    assert [words.partition(" move ")[0] for words in said] == ["the weights"]
+
+
 def test_a_run_by_hand_without_norms_and_tensors_is_not_judged():
     def bare(a):
         a.update(grad_norm=a["grad_norm"] * np.nan, limit=a["limit"] * np.nan, coef=a["coef"] * 0 + 1)
@@ -158,6 +200,9 @@ def test_scopes_are_named():
         ("0.weight", "0", "weight", ""),
         ("weight", "weight", "", ""),
         ("", "", "", ""),
+        ("m.layers.3.mlp.up.lora_A.weight (group 1)", "m.layers.3", "mlp.up", "A"),
+        ("w (group 0)", "w", "", ""),
+        ("parameter 3 of the past", "parameter 3 of the past", "", ""),
     ],
 )
 def test_names_are_taken_apart(name, layer, module, matrix):
