@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fusedlr.console import aligned
 from fusedlr.report.layers import Heat, bounds, heat
@@ -30,8 +31,8 @@ DPI = 110
 COLUMNS = 600
 # letters of the words below the pictures, and the inches that a line of them takes
 POINTS, LINE = 7, 0.145
-# columns of the words in a figure of one run: a letter is 0.6 as wide as it is high
-LETTERS = int(WIDTH * 72 / (0.6 * POINTS)) - 12
+# columns of the words in a figure of one run: a letter is 0.602 as wide as it is high, in whole pixels
+LETTERS = int(0.96 * WIDTH * DPI / math.ceil(0.602 * POINTS * DPI / 72))
 # the colour of letters and axes on the page, which `svg` has the page choose
 _INK = "#010203"
 _LIMIT, _SKIP = "#777777", "#d55e00"
@@ -173,6 +174,13 @@ def _norms(run: Run, axes: Any, log: bool) -> None:
     if log:
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter(_PLAIN)
+        low, high = axes.get_ylim()
+        if high < DECADE**2 * low:
+            # one power of ten alone says little
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter(_PLAIN)
+        else:
+            axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -323,6 +325,32 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fusedlr report: error: argument ")
     return line
+
+
+def test_the_words_below_a_picture_end_before_its_edge(monkeypatch):
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("matplotlib.image")
+    picture = importlib.import_module("fusedlr.report.picture")
+    monkeypatch.setattr(picture, "words", lambda run, width, several: ["W" * width] * 3)
+    pixels = image.imread(io.BytesIO(picture.png([Run("run", recording())])))[..., :3]
+    written = np.flatnonzero((pixels[-25:] < 0.5).any((0, 2)))
+    assert 0.94 < written.max() / pixels.shape[1] < 0.99
+
+
+@pytest.mark.parametrize("high", [3.0, 500.0])
+def test_axes_in_powers_are_labelled_with_numbers(high, monkeypatch):
+    pytest.importorskip("matplotlib")
+    picture = importlib.import_module("fusedlr.report.picture")
+    figures = []
+    stock = picture._figure
+    monkeypatch.setattr(picture, "_figure", lambda *args: figures.append(stock(*args)) or figures[-1])
+    picture.png([Run("run", recording(lambda a: a["grad_norm"].__setitem__(slice(3, 6), [0.1, high, 1.0])))])
+    (norms,) = [axes for axes in figures[0].axes if axes.get_title() == "gradient norm"]
+    assert norms.get_yscale() == "log"
+    labels = [one.get_text() for one in norms.get_yticklabels(which="both") if one.get_text()]
+    assert len(labels) >= 3
+    for label in labels:
+        float(label)
 
 
 def test_mistakes_are_one_line(saved, tmp_path, capsys, monkeypatch):
