@@ -6,6 +6,7 @@ Every run has the same base, seed, data order and dropout; runs differ in their 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fusedlr.demo.base import Base, build_model, held_out_loss
 from fusedlr.demo.measure import Meter, recorder, show_progress
@@ -15,6 +16,8 @@ from fusedlr.demo.tokens import Data
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.01
+# steps; a run of the demo has a tenth of that at most unless its options ask for more
+MOST_RECORDED = 10_000
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Result:
     code: float  # held-out loss afterwards
     prose: float
     weights: dict
+    recording: Any = None  # what fusedlr's steps used and did; stock's record nothing
 
 
 def finetune(run: Run, settings: Settings, data: Data, base: Base, folder: Path, save: bool) -> Result:
@@ -72,9 +76,10 @@ def finetune(run: Run, settings: Settings, data: Data, base: Base, folder: Path,
     with bar(label=f"LoRA, {run.name}", total=settings.steps) as progress:
         trainer.add_callback(show_progress(progress))
         trainer.train()
+    optimizer = unwrap(trainer.optimizer)
     return Result(
         run=run,
-        backend=_backend(unwrap(trainer.optimizer)),
+        backend=_backend(optimizer),
         seconds=time.perf_counter() - began,
         losses=torch.stack(meter.losses).tolist(),
         lrs=meter.lrs,
@@ -84,6 +89,7 @@ def finetune(run: Run, settings: Settings, data: Data, base: Base, folder: Path,
         code=held_out_loss(model, data.blocks["code_held_out"], settings, "held-out code"),
         prose=held_out_loss(model, data.blocks["prose_held_out"], settings, "held-out prose"),
         weights={name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad},
+        recording=optimizer.record() if run.kernel is None else None,
     )
 
 
@@ -117,11 +123,12 @@ def _optimizer(run, model, settings):
         # optim="adamw_torch" would leave the choice to torch, which is a loop over the tensors on a CPU
         return {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": settings.lr, "foreach": True})}
     optimizer = fusedlr.FusedAdamW(
-        (p for p in model.parameters() if p.requires_grad),
+        ((name, p) for name, p in model.named_parameters() if p.requires_grad),
         lr=settings.lr,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         schedule=settings.own_schedule(),
+        record=fusedlr.Record(last=min(settings.steps, MOST_RECORDED)),
     )
     return {"optimizers": (optimizer, optimizer.scheduler)}
 

@@ -118,7 +118,7 @@ def _demo(settings: Settings) -> None:
     from fusedlr.demo.base import prepare_base
     from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, finetune
     from fusedlr.demo.plot import draw, draw_panel, draw_skip
-    from fusedlr.demo.report import as_dict, as_values, table, to_json
+    from fusedlr.demo.report import as_dict, as_values, table, to_json, write_recording
     from fusedlr.demo.tokens import prepare_data
 
     seconds = {}
@@ -149,9 +149,11 @@ def _demo(settings: Settings) -> None:
         (finished / "report.json").write_text(to_json(values) + "\n")
         draw(results, settings.schedule, finished / "curves.png")
         draw_skip(skip, finished / "skip.png")
+        recorded = write_recording(results, finished)
         publish(finished, settings.output)
     print()
     print(table(settings, base, results))
+    print(f"\n{recorded}")
     print(f"\n{skips.table(skip)}")
     print(f"\n{no_panel or panel.table(schedules)}")
     print(f"\n{seconds['total']:.0f} s; report in {settings.output}")

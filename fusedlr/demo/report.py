@@ -3,8 +3,10 @@
 import json
 import math
 import platform
+import textwrap
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from statistics import median
 
 from fusedlr.console import aligned
@@ -131,6 +133,24 @@ def _distance_rows(results):
     return rows
 
 
+def write_recording(results: list[Result], folder: Path) -> str:
+    """Write what fusedlr's run has recorded, and `fusedlr report`'s picture of it; returns its words."""
+    from fusedlr.logs import RECORDING
+    from fusedlr.report.picture import png
+    from fusedlr.report.runs import Run
+    from fusedlr.report.terminal import NOTHING
+    from fusedlr.report.unusual import unusual
+
+    recording = next(result.recording for result in results if result.run == FUSEDLR)
+    recording.save(folder / RECORDING)
+    run = Run(FUSEDLR.name, recording)
+    (folder / "recording.png").write_bytes(png([run]))
+    said = "\n".join(
+        textwrap.fill(f"- {words}", 100, subsequent_indent="  ") for words in unusual(run) or [NOTHING]
+    )
+    return f"unusual in fusedlr's run, by its recording ({RECORDING}, recording.png):\n{said}"
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that the numbers depend on."""
     from importlib.metadata import PackageNotFoundError, version
@@ -164,7 +184,9 @@ def _processor():
 
 def as_values(result: Result) -> dict:
     """A run as plain values."""
-    return {name: value for name, value in vars(result).items() if name not in ("run", "weights")}
+    return {
+        name: value for name, value in vars(result).items() if name not in ("run", "weights", "recording")
+    }
 
 
 def as_dict(settings: Settings, base: Base, results: list[Result], seconds: dict[str, float]) -> dict:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 from fusedlr.demo import main
+from fusedlr.recorded import Recording
 
 DEMO = [sys.executable, "-m", "fusedlr", "demo"]
 # a busy machine takes several times the 40 s that the quick demo is meant to take
@@ -91,7 +92,15 @@ def test_demo_learns_and_agrees_with_stock(finished):
     gaps = values["distance_from_stock"]
     assert gaps["stock, warm-up + 1"]["weights"] > 1000 * gaps["fusedlr"]["weights"]
     made = {path.name for path in output.iterdir()}
-    assert made == {"checkpoints", "curves.png", "report.json", "skip.png"}
+    assert made == {
+        *("checkpoints", "curves.png", "report.json", "skip.png"),
+        *("record.npz", "recording.png"),
+    }
+    assert "unusual in fusedlr's run, by its recording" in text
+    recording = Recording.load(output / "record.npz")
+    assert len(recording["step"]) == 25 and len(recording["names"]) == 28
+    # two ways to the same numbers
+    assert recording["lr"][:, 0].tolist() == pytest.approx(runs["fusedlr"]["lrs"], rel=1e-6)
     assert values["schedules"] == {} and "schedules at a high rate: left out" in text
     assert values["skip"]["fusedlr"]["schedule"] == values["skip"]["fusedlr"]["updates"]
     for name in ("fusedlr", "stock"):

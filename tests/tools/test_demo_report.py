@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from recordings import NAMES, recording
 
 from fusedlr.demo import finetune, measure, panel, plot, report, skips
 from fusedlr.demo.base import Base
+from fusedlr.recorded import Recording
+from fusedlr.report.terminal import NOTHING
 
 
 def test_timing_leaves_a_schedulers_state_alone():
@@ -22,6 +25,20 @@ def test_timing_leaves_a_schedulers_state_alone():
     meter.end()
     assert scheduler.last_epoch == 1
     assert 0 < meter.phase_ms[0] < meter.step_ms[0]
+
+
+def test_the_recording_is_written_drawn_and_put_into_words(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = four_results()
+    results[0].recording = recording()
+    said = report.write_recording(results, tmp_path)
+    assert NOTHING in " ".join(said.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["record.npz", "recording.png"]
+    assert Recording.load(tmp_path / "record.npz")["names"] == NAMES
+    results[0].recording = recording(lambda a: a.update(limit=a["limit"] / 10, coef=0.15 / a["grad_norm"]))
+    said = report.write_recording(results, tmp_path)
+    assert "- the limit clips nearly every update, 400 of 400" in said
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def result(run, weight, losses=(5.0, 4.5, 4.25)):
