@@ -103,8 +103,9 @@ class Recording(Mapping[str, Any]):
     | `tensor_grad_norm` | (steps, tensors) | norm of a tensor's gradient, unscaled, before clipping |
     | `tensor_update_ratio` | (steps, tensors) | norm of its change over its norm before; 0 in skipped steps |
 
-    Without `names` the arrays of tensors have no columns. Arrays of scopes have one axis where there is one
-    scope, as in `last_metrics()`; two axes are taken there too.
+    Both are NaN where a tensor had no gradient, and a ratio is inf where the tensor was 0 before, as matrices
+    B of LoRA are in their first update. Without `names` the arrays of tensors have no columns. Arrays of
+    scopes have one axis where there is one scope, as in `last_metrics()`; two axes are taken there too.
 
     Args:
         arrays: what the table calls arrays, under the same keys.

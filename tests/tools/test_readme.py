@@ -148,9 +148,11 @@ def test_the_readme_is_short():
 def test_pictures_are_those_that_the_script_draws():
     pytest.importorskip("matplotlib")
     drawn = {f"{name}.svg" for name in module_at(ROOT / "docs" / "make_pictures.py").PICTURES}
-    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == drawn
-    page = (ROOT / "docs" / "schedules.md").read_text()
-    assert set(re.findall(r"\(pictures/([\w.]+)\)", page)) == drawn
+    recorded = {f"recorded_{name}.png" for name in module_at(ROOT / "docs" / "make_recordings.py").EXAMPLES}
+    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == drawn | recorded
+    for name, pictures in (("schedules.md", drawn), ("watching.md", recorded)):
+        page = (ROOT / "docs" / name).read_text()
+        assert set(re.findall(r"\(pictures/([\w.]+)\)", page)) == pictures
 
 
 def test_every_public_name_is_in_the_reference():
