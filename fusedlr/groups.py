@@ -45,8 +45,9 @@ class Notes:
 
 
 # What a group has beside AdamW's keys. Tools save, copy and compare the items of a group, so these are not
-# among them. `initial_lr` is the peak of a group with a schedule.
-OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm", "nonfinite", "scope")
+# among them. `initial_lr` is the peak of a group with a schedule, `model_names` are names for parameters that
+# torch has none of.
+OWN_KEYS = ("schedule", "initial_lr", "max_grad_norm", "nonfinite", "scope", "model_names")
 # what the groups of a scope share
 _OF_SCOPE = ("max_grad_norm", "nonfinite")
 # nor are counts, which are kept for all groups together
@@ -411,24 +412,33 @@ def parameter_name(group: dict[str, Any], group_index: int, p: Tensor) -> str:
     """How an error calls a parameter: by its name if it has one, else by its place."""
     position = next(i for i, other in enumerate(group["params"]) if other is p)
     name = name_of(group, group_index, position)
-    named = position < len(group.get("param_names") or ())
-    return f"parameter {name!r}" if named else f"{name}, shape {tuple(p.shape)}"
+    return f"parameter {name!r}" if _names_of(group) else f"{name}, shape {tuple(p.shape)}"
 
 
 def name_of(group: dict[str, Any], group_index: int, position: int) -> str:
     """What metrics and recordings call a parameter: its name, or else its place."""
-    names = group.get("param_names")
-    if names and position < len(names):
-        return str(names[position])
-    return f"parameter {position} of group {group_index}"
+    names = _names_of(group)
+    return str(names[position]) if names else f"parameter {position} of group {group_index}"
+
+
+def _names_of(group: dict[str, Any]) -> Sequence[Any]:
+    """The names of all parameters of a group: torch's, or else those of the model; none where one lacks its
+    own.
+    """
+    found = (group.get(key) or () for key in ("param_names", "model_names"))
+    return next((names for names in found if len(names) == len(group["params"])), ())
 
 
 def give_names(groups: Sequence[Any], named: Iterable[tuple[str, Any]]) -> None:
-    """Name the parameters of groups without names. As torch wants it, all are named or none is."""
+    """Have metrics and recordings call parameters as their model does, where torch has no names for them.
+
+    torch's `param_names` would be among the items of a group: files would have them, and no group without
+    names could be added.
+    """
     names = {id(p): name for name, p in named}
-    if all("param_names" not in group and all(id(p) in names for p in group["params"]) for group in groups):
-        for group in groups:
-            group["param_names"] = [names[id(p)] for p in group["params"]]
+    for group in groups:
+        if all(id(p) in names for p in group["params"]):
+            group.set_quietly("model_names", [names[id(p)] for p in group["params"]])
 
 
 def give_schedule(group: dict[str, Any], default: Schedule | None, default_lr: Any) -> None:

@@ -130,7 +130,7 @@ def saved(ring: Ring, params: Sequence[Tensor], layout: Layout | None) -> dict[s
         "used": used,
         "sums": sums[:, :, here],
         "params": [place[id(ring.params[column])] for column in here],
-        "rank": _rank(layout),
+        "process": _process(layout),
     }
 
 
@@ -143,11 +143,12 @@ def checked(saved: Any, groups: int, params: int) -> dict[str, Any]:
     if not isinstance(saved, Mapping):
         raise ValueError(f"record={arguments.shown(saved)} of the loaded state dict is not a dict")
     found: dict[str, Any] = {
-        name: saved.get(name) for name in ("steps", "ints", "used", "sums", "params", "rank")
+        name: saved.get(name) for name in ("steps", "ints", "used", "sums", "params", "process")
     }
     arguments.count("steps of the loaded record", found["steps"])
-    if found["rank"] is not None:
-        arguments.count("rank of the loaded record", found["rank"])
+    process = found["process"]
+    if process is not None and not (isinstance(process, list) and list(map(type, process)) == [int, int]):
+        raise ValueError(f"process={arguments.shown(process)} of the loaded record is no rank and size")
     places = found["params"]
     plain = isinstance(places, (list, tuple)) and all(type(i) is int and 0 <= i < params for i in places)
     if not plain or len(set(places)) < len(places):
@@ -190,14 +191,15 @@ def restore(
     at = (steps[kept] % last).to(ring.ints.device)
     ring.ints[at] = saved["ints"][kept].to(ring.ints.device)
     ring.used[at] = saved["used"][kept].to(ring.used)
-    if ring.record.tensors and saved["rank"] == _rank(layout):
+    if ring.record.tensors and saved["process"] == _process(layout):
         ring.sums[at] = saved["sums"][kept].to(ring.sums)
     return ring
 
 
-def _rank(layout: Layout | None) -> int | None:
-    """Whose parts of the tensors are recorded here; None where they are whole."""
-    return None if layout is None else torch.distributed.get_rank()
+def _process(layout: Layout | None) -> list[int] | None:
+    """Whose parts of the tensors are recorded here, and of how many processes; None where they are whole."""
+    distributed = torch.distributed
+    return None if layout is None else [distributed.get_rank(), distributed.get_world_size()]
 
 
 __all__ = ["checked", "in_order", "names_of", "read", "restore", "saved"]

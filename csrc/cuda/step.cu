@@ -516,9 +516,9 @@ __device__ void add_observed(const Step& step, int64_t slot, const Observed& obs
     float* const sums = pointer<float>(uint64_t(step.ring->chunk_sums)) + slot;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
+        if (i) __syncthreads();
         const float sum = block_sum(observed.of[i]);
         if (threadIdx.x == 0) sums[i * step.programs] = sum;
-        __syncthreads();
     }
 }
 
@@ -668,7 +668,8 @@ __global__ void __launch_bounds__(kThreads, RECORD ? 2 : kStepBlocks<M>)
     Observed observed = {unscale, {}};
     if (look) {
         look_at<P>(step, at, observed);
-        __syncthreads();
+        // before the ticket; sums bring a barrier of their own
+        if (!RECORD) __syncthreads();
     }
     // counters have been read; without RECORD nobody waits for what is written from here on
     if (!RECORD && thread == 0) last = is_last(step.tickets + 1, step.programs);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -60,15 +61,29 @@ def archs(nvrtc: Nvrtc) -> list[int]:
     return [arch for arch in nvrtc.archs if arch >= kernels.MIN_ARCH]
 
 
-def compile_type(nvrtc: Nvrtc, arch: str, name: str, *options: str, ptx: bool = False) -> Compiled:
-    """All kernels for one type of parameters, for launches of both sizes."""
+# architectures for which kernels that record are looked at, those for the smaller launches: they are as many
+# as the others, and compiling all of both takes minutes
+RECORDED = (75, 80, 90, 100, 120)
+
+
+def compile_type(
+    nvrtc: Nvrtc,
+    arch: str,
+    name: str,
+    *options: str,
+    ptx: bool = False,
+    recorded: Iterable[str] = kernels.SIZES,
+) -> Compiled:
+    """All kernels for one type of parameters, for launches of both sizes; those that record for launches of
+    the `recorded` ones.
+    """
     text, headers = kernels.sources()
     wanted = [
         kernel
         for size in kernels.SIZES
         for master in (False, True)
         if name in kernels.types(master=master)
-        for record in (False, True)
+        for record in ((False, True) if size in recorded else (False,))
         for kernel in kernels.kernel_names(name, size, master=master, record=record)
     ]
     return nvrtc.compile(text, arch, wanted, headers, (*kernels.OPTIONS, *options), ptx=ptx)
@@ -87,7 +102,8 @@ def compile_all(nvrtc: Nvrtc) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _facts(nvrtc: Nvrtc, name: str, arch: int) -> dict[str, Any]:
-    made = compile_type(nvrtc, f"sm_{arch}", name, "--ptxas-options=-v", ptx=True)
+    recorded = ("few",) if arch in RECORDED else ()
+    made = compile_type(nvrtc, f"sm_{arch}", name, "--ptxas-options=-v", ptx=True, recorded=recorded)
     facts = dict(map(_instructions, re.split(r"\.entry ", made.ptx)[1:]))
     for of in re.split(r"Compiling entry function ", made.log)[1:]:
         symbol = re.findall(r"'(\w+)' for ", of)[0]

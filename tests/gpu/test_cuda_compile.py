@@ -44,11 +44,14 @@ def test_every_variant_is_there() -> None:
             for master in (("",) if name == "f32" else ("", ", master"))
             for record in ("", ", record")
             for size in ("few", "many")
+            if not record or size == "few"
         }
         for nvrtc in libraries():
             for arch in archs(nvrtc):
                 made = cuda_compile.compile_all(nvrtc)[name][f"sm_{arch}"]
-                assert set(made) == steps | {"norm, few", "norm, many"}
+                recording = {step for step in steps if "record" in step}
+                left_out = set() if arch in cuda_compile.RECORDED else recording
+                assert set(made) == (steps - left_out) | {"norm, few", "norm, many"}
 
 
 def test_nothing_spills() -> None:

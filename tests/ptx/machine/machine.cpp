@@ -11,7 +11,7 @@ namespace {
 std::vector<std::unique_ptr<Module>> modules;
 std::map<std::string, const Function*> active;  // what launches find by a kernel's name
 std::map<const Function*, std::vector<std::unique_ptr<Block>>> pools;  // blocks that have run, by kernel
-std::set<std::string> functions;                // names that cuModuleGetFunction has given handles of
+std::set<std::string> functions;  // names that cuModuleGetFunction has given handles of
 std::string last_error, text;
 using Callback = void (*)();
 Callback before_launch;

@@ -144,7 +144,7 @@ struct Function {
     std::string name;
     std::vector<Instruction> code;
     std::shared_ptr<const std::vector<std::string>> lines;  // the module's text, by line number
-    mutable std::vector<char> ran;   // by instruction: whether a launch has run it
+    mutable std::vector<char> ran;                          // by instruction: whether a launch has run it
     int regs = 0;
     std::vector<uint8_t> width;  // bytes of each register, 0 for predicates
     std::vector<std::string> reg_names;
