@@ -171,13 +171,14 @@ def test_metrics_are_copies():
     before = snapshot(optimizer)
     kept = optimizer.metrics()
     plain = optimizer.last_metrics()
-    assert plain == {**{key: value.tolist() for key, value in kept.items()}, "scopes": (None,)}
+    told = {"scopes": (None,), "nonfinite_tensor": None, "nonfinite_step": None}
+    assert plain == {**{key: value.tolist() for key, value in kept.items()}, **told}
     for value in kept.values():
         value.add_(1)
     plain["lr"].append(1.0)
     assert not changes(before, snapshot(optimizer))
     now = {key: value.tolist() for key, value in optimizer.metrics().items()}
-    assert optimizer.last_metrics() == {**now, "scopes": (None,)}
+    assert optimizer.last_metrics() == {**now, **told}
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
