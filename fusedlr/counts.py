@@ -86,6 +86,8 @@ class Counts:
             group.counter = weakref.ref(self), i
         self.k: list[int] = []
         self.shown: list[int] = []
+        # per group by how much the steps of its scope are more than its own, for one that came later
+        self._steps_before: list[int] = [0] * len(k)
         self._advances: list[int] = []
         self._in_flight: _Copy | None = None
         # scopes that a warning has named
@@ -187,6 +189,7 @@ class Counts:
         if old.used.dtype == torch.float32:
             self.counters.use_fp32()
         shown = []
+        steps_before = [0 if origin is None else self._steps_before[origin] for origin in origins]
         for i, (group, origin) in enumerate(zip(groups, origins, strict=True)):
             shown.append(0)
             if origin is not None:
@@ -211,11 +214,26 @@ class Counts:
             self.counters.stale.zero_()
             self.counters.stale[0] = old.stale.max()
         self.groups = list(groups)
-        self.shown = shown
+        self.shown, self._steps_before = shown, steps_before
         # one that comes back is another one
         self._warned_skips.intersection_update(self.scopes())
         self.sync()
         self._share_norms()
+        if not is_fake(self.counters.counts):
+            there = [i for i, origin in enumerate(origins) if origin is not None]
+            self._count_with_scopes([i for i in range(len(groups)) if i not in there], there)
+
+    def _count_with_scopes(self, groups: Iterable[int], others: Sequence[int] = ()) -> None:
+        """Number the steps of these groups as those of their scopes, which `others` of the groups may have
+        made alone.
+        """
+        keys = scope_keys(self.groups, joint=self.joint)
+        own = (self.counters.k + self.counters.skipped).tolist()
+        groups = list(groups)
+        for i in groups:
+            of_scope = [j for j in (others or groups) if keys[j] == keys[i]]
+            total = max((own[j] + (self._steps_before[j] if others else 0) for j in of_scope), default=own[i])
+            self._steps_before[i] = total - own[i]
 
     def place_on(self, device: torch.device, *, fp32: bool) -> None:
         """Keep the counters on this device, and what a step uses in fp32 where the kernels have no fp64."""
@@ -341,6 +359,9 @@ class Counts:
         """Continue every group's schedule at `k`; a checkpoint loaded before the next step keeps it so."""
         self.k_loaded = list(k)
         self.place(k)
+        if not is_fake(self.counters.nonfinite):
+            self._forget_nonfinite()
+            self.sync()
         self.show(groups, k)
 
     def take_own(self, groups: list[Any], own: list[dict[str, Any]], saved: Any) -> None:
@@ -367,6 +388,13 @@ class Counts:
             return
         self.counters.skipped.copy_(torch.tensor(skipped, dtype=torch.int64, device="cpu"))
         self.counters.skips_in_row.zero_()
+        # the steps are other ones
+        self._forget_nonfinite()
+
+    def _forget_nonfinite(self) -> None:
+        self.counters.nonfinite.zero_()
+        self.counters.nonfinite_step.zero_()
+        self._count_with_scopes(range(len(self.groups)))
 
     def read_norms(self) -> list[list[float]]:
         """Per group what its scope's `ZClip` has seen, `columns.NORMS`, from the device (waits for it)."""
@@ -452,8 +480,14 @@ class Counts:
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Let a group that is put in later with one of these parameters begin anew."""
+        gone = set()
         for p in params:
             self._gone.pop(p, None)
+            gone.add(id(p))
+        ring = self.counters.ring
+        if ring is not None:
+            self.counters.ring = ring.of_params([p for p in ring.params if id(p) not in gone])
+            self._notes.changed = True
 
     # what the host shows
 
@@ -487,7 +521,8 @@ class Counts:
 
     def nonfinite(self, key: ScopeKey) -> tuple[str | None, int | None]:
         """The first tensor whose gradient was not finite in the latest step that a scope has skipped for one,
-        and that step, counted from 0 with the skipped ones, as the host knows it; None before there is one.
+        and that step, of those of the scope, counted from 0 with the skipped ones, as the host knows it; None
+        before there is one, and after a file has been loaded.
 
         With shards this is what the process knows that holds the tensor.
         """
@@ -518,7 +553,8 @@ class Counts:
             "step": [int(x) for x in k],
         }
         self._nonfinite = [
-            (int(place) - 1, int(step)) for place, step in zip(nonfinite, nonfinite_step, strict=True)
+            (int(place) - 1, int(step) + before)
+            for place, step, before in zip(nonfinite, nonfinite_step, self._steps_before, strict=True)
         ]
         self._warn_skips(in_row)
         if max(stale, default=0) > self._stale:

@@ -76,7 +76,7 @@ def write_recording(optimizer: FusedAdamW, folder: str | os.PathLike[str], *, wr
     Where tensors are spread over processes every process calls it, and one of them `writes`. A file that
     cannot be written ends in a warning, as the run behind it is worth more.
     """
-    if optimizer.recorded is None:
+    if optimizer.recorded is None or not optimizer.param_groups:
         return
     recording = optimizer.record()
     if not writes or not len(recording["step"]):

@@ -185,8 +185,8 @@ class FusedAdamW(Optimizer):
         self._lock = threading.RLock()
         self._view: weakref.ref[ScheduleView] | None = None
         device = device_of(self.param_groups, torch.device("cpu"))
-        shared = {"joint": self._joint, "record": self._settings["record"]}
-        self._counts = Counts(self.param_groups, self._notes, self.defaults, device, k, skipped, **shared)
+        begun = self.param_groups, self._notes, self.defaults, device, k, skipped
+        self._counts = Counts(*begun, joint=self._joint, record=self.recorded)
         if norms is not None:
             self._counts.place_norms(norms)
         self._planner = Planner(self._settings, self._notes, self._counts)
@@ -637,11 +637,11 @@ class FusedAdamW(Optimizer):
     @property
     def recorded(self) -> Record | None:
         """What the steps record, `record` as the optimizer was given it."""
-        return self._settings["record"]
+        return self._settings.get("record")
 
     def _read_record(self) -> dict[str, Any] | None:
         """What a file has of the recorded steps; None where none are."""
-        if self._settings["record"] is None:
+        if self.recorded is None:
             return None
         return self._counts.read_record(self._planner.layout(self.param_groups, self.state))
 
@@ -650,14 +650,16 @@ class FusedAdamW(Optimizer):
 
         Reads the counters from the device.
         """
-        counts = self._counts
-        counts.adopt(self.param_groups)
-        k = counts.read(self.param_groups)
-        reached = k, counts.read_skipped(), counts.read_norms()
-        own = checkpoint.own_state(self.param_groups, self.state, *reached, joint=self._joint)
-        record = self._read_record()
-        if record is not None:
-            own["record"] = record
+        # not while another thread makes a step
+        with self._lock:
+            counts = self._counts
+            counts.adopt(self.param_groups)
+            k = counts.read(self.param_groups)
+            reached = k, counts.read_skipped(), counts.read_norms()
+            own = checkpoint.own_state(self.param_groups, self.state, *reached, joint=self._joint)
+            record = self._read_record()
+            if record is not None:
+                own["record"] = record
         # post-hooks are to see what is saved, so they run on the finished dict
         post_hooks, self._optimizer_state_dict_post_hooks = (
             self._optimizer_state_dict_post_hooks,
@@ -839,6 +841,7 @@ class FusedAdamW(Optimizer):
             self._counts.adopt(self.param_groups)
             # the same parameters may come back as another adapter
             self._counts.forget(gone)
+            self._latest = Latest()
 
     def _groups_of(self, name: ScopeKey) -> tuple[list[int], list[ParamGroup]]:
         """The indices of a scope's groups, and these."""
@@ -849,17 +852,19 @@ class FusedAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy; reads the counters from the device."""
-        self._counts.adopt(self.param_groups)
-        return {
-            **super().__getstate__(),
-            # a process group is this process's own
-            "_settings": {**self._settings, "process_group": None},
-            "_own": [dict(group.own) for group in self.param_groups],
-            "_k": self._counts.read(self.param_groups),
-            "_skipped": self._counts.read_skipped(),
-            "_norms": self._counts.read_norms(),
-            "_record": self._read_record(),
-        }
+        # not while another thread makes a step
+        with self._lock:
+            self._counts.adopt(self.param_groups)
+            return {
+                **super().__getstate__(),
+                # a process group is this process's own
+                "_settings": {**self._settings, "process_group": None},
+                "_own": [dict(group.own) for group in self.param_groups],
+                "_k": self._counts.read(self.param_groups),
+                "_skipped": self._counts.read_skipped(),
+                "_norms": self._counts.read_norms(),
+                "_record": self._read_record(),
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Adopt a state; called by pickle and, with groups and state alone, by loaders."""

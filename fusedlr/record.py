@@ -16,7 +16,7 @@ from fusedlr import arguments
 from fusedlr.columns import RECORDED, SUMS
 
 # rows of a ring; at 448 tensors that many take 11 GB
-_MOST = 2**20
+MOST = 2**20
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class Record:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        arguments.count("last", self.last, 1)
-        if self.last > _MOST:
-            raise ValueError(f"last={self.last} is above {_MOST}")
+        object.__setattr__(self, "last", arguments.count("last", self.last, 1, MOST))
         arguments.flag("tensors", self.tensors)
 
 
@@ -121,4 +119,4 @@ class Ring:
         return Ring(self.record, tuple(params), self.steps, self.ints, self.used, sums)
 
 
-__all__ = ["Record", "Ring"]
+__all__ = ["MOST", "Record", "Ring"]

@@ -12,6 +12,7 @@ import os
 import struct
 import tokenize
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ class Recording(Mapping[str, Any]):
 
     Args:
         arrays: what the table calls arrays, under the same keys.
-        groups, names, scopes: the tuples of the table.
+        groups: the tuple of the table, as are the next two.
+        names: see `groups`.
+        scopes: see `groups`.
 
     Raises:
         ValueError: an array is missing, has another shape or type, steps are not in order, a name is given
@@ -167,18 +170,21 @@ class Recording(Mapping[str, Any]):
             _check_name(f"names[{i}]", name)
         names, scopes = set(self["names"]), self["scopes"]
         if len(names) < len(self["names"]):
-            twice = next(name for name in names if self["names"].count(name) > 1)
+            twice, _ = Counter(self["names"]).most_common(1)[0]
             raise ValueError(f"names has {twice!r} twice")
         for i, scope in enumerate(scopes):
             if isinstance(scope, str):
                 _check_name(f"scopes[{i}]", scope)
             elif scope is not None:
                 arguments.count(f"scopes[{i}]", scope)
+        known = set(scopes)
+        if len(known) < len(scopes):
+            raise ValueError(f"scopes={arguments.shown(scopes)} has one of them twice")
         for i, group in enumerate(self["groups"]):
             if not isinstance(group, RecordedGroup):
                 raise ValueError(f"groups[{i}]={arguments.shown(group)} is not a RecordedGroup")
-            if group.scope not in scopes:
-                raise ValueError(f"groups[{i}] is in scope {group.scope!r}, and scopes={scopes}")
+            if group.scope not in known:
+                raise ValueError(f"groups[{i}] is in scope {group.scope!r}, not in scopes={scopes}")
         if not self["groups"] or not scopes:
             raise ValueError("groups and scopes need at least one of each")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 from fusedlr import arguments
 from fusedlr.columns import RECORDED, SUMS
 from fusedlr.groups import has_schedule, name_of, scope_keys, scopes_of
-from fusedlr.record import Ring
+from fusedlr.record import MOST, Ring
 from fusedlr.recorded import RecordedGroup, Recording
 from fusedlr.reference import is_fake
 from fusedlr.sharded import Layout
+
+# of a file
+_MOST_STEPS = 2**51
 
 
 def read(ring: Ring, groups: Sequence[Any], layout: Layout | None, *, joint: bool) -> Recording:
@@ -24,13 +28,16 @@ def read(ring: Ring, groups: Sequence[Any], layout: Layout | None, *, joint: boo
 
     Raises:
         ImportError: numpy is missing.
+        RuntimeError: there are no groups.
     """
     ints, used, sums = in_order(ring)
     keys, scopes = scope_keys(groups, joint=joint), scopes_of(groups, joint=joint)
-    # a scope's numbers are those of any of its groups
-    first = [keys.index(key) for key in scopes if key in keys]
+    if not groups:
+        raise RuntimeError("there is no recording of an optimizer without groups")
     by_row = dict(zip(RECORDED, used.unbind(1), strict=True))
-    of_scopes = {name: by_row[name][:, first] for name in ("grad_norm", "coef", "limit", "skip")}
+    # a scope's numbers are those of any of its groups that took part in the step
+    first = torch.stack([_first_of(ints, [key == of for of in keys]) for key in scopes], dim=1)
+    of_scopes = {name: by_row[name].gather(1, first) for name in ("grad_norm", "coef", "limit", "skip")}
     if len(scopes) == 1:
         of_scopes = {name: x.reshape(-1) for name, x in of_scopes.items()}
     skipped = of_scopes.pop("skip") == 1
@@ -51,8 +58,20 @@ def read(ring: Ring, groups: Sequence[Any], layout: Layout | None, *, joint: boo
         {name: x.numpy() for name, x in arrays.items()},
         groups=[_group(i, group, key) for i, (group, key) in enumerate(zip(groups, keys, strict=True))],
         names=names,
-        scopes=[key for key in scopes if key in keys],
+        scopes=[_printable(key) for key in scopes],
     )
+
+
+def _first_of(ints: Tensor, chosen: list[bool]) -> Tensor:
+    """Per step the first of the chosen groups that took part, or of all chosen if none did."""
+    of_scope = torch.tensor(chosen)
+    took_part = (ints[:, 1:] >= 0) & of_scope
+    return torch.where(took_part.any(1, keepdim=True), took_part, of_scope).int().argmax(1)
+
+
+def _printable(key: Any) -> Any:
+    """The key of a scope, or a name, as a terminal can show it."""
+    return key if not isinstance(key, str) or key.isprintable() else repr(key)
 
 
 def in_order(ring: Ring) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,16 +90,21 @@ def names_of(params: Sequence[Tensor], groups: Sequence[Any]) -> list[str]:
         for j, p in enumerate(group["params"])
     }
     found = [names.get(id(p), (f"parameter {column} of the past", -1)) for column, p in enumerate(params)]
-    found = [(name if name.isprintable() else repr(name), i) for name, i in found]
+    found = [(_printable(name), i) for name, i in found]
     alike = Counter(name for name, _ in found)
-    return [name if alike[name] == 1 else f"{name} (group {i})" for name, i in found]
+    told: dict[str, None] = {}
+    for name, i in found:
+        unique = name if alike[name] == 1 else f"{name} (group {i})"
+        again = (f"{name} (group {i}, {n})" for n in count(2))
+        told[unique if unique not in told else next(x for x in again if x not in told)] = None
+    return list(told)
 
 
 def _group(index: int, group: Any, scope: Any) -> RecordedGroup:
     name = str(group.get("name", f"group {index}"))
     schedule = group["schedule"] if has_schedule(group) else None
     peak = group["initial_lr"] if schedule is not None else group["lr"]
-    return RecordedGroup(name if name.isprintable() else repr(name), float(peak), schedule, scope)
+    return RecordedGroup(_printable(name), float(peak), schedule, _printable(scope))
 
 
 def _counted(sums: Tensor, params: Sequence[Tensor], layout: Layout | None) -> Tensor:
@@ -145,7 +169,8 @@ def checked(saved: Any, groups: int, params: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: saved.get(name) for name in ("steps", "ints", "used", "sums", "params", "process")
     }
-    arguments.count("steps of the loaded record", found["steps"])
+    # one more is counted by every step
+    arguments.count("steps of the loaded record", found["steps"], at_most=_MOST_STEPS)
     process = found["process"]
     if process is not None and not (isinstance(process, list) and list(map(type, process)) == [int, int]):
         raise ValueError(f"process={arguments.shown(process)} of the loaded record is no rank and size")
@@ -154,22 +179,30 @@ def checked(saved: Any, groups: int, params: int) -> dict[str, Any]:
     if not plain or len(set(places)) < len(places):
         raise ValueError(f"params={arguments.shown(places)} of the loaded record name no parameters")
     ints = found["ints"]
-    count = len(ints) if isinstance(ints, Tensor) and ints.ndim == 2 else 0
+    rows = len(ints) if _is_plain(ints) and ints.ndim == 2 else 0
+    if rows > min(found["steps"], MOST):
+        raise ValueError(f"ints of the loaded record has {rows} rows, and steps={found['steps']}")
     shapes = {
-        "ints": (count, 1 + groups),
-        "used": (count, len(RECORDED), groups),
-        "sums": (count, len(SUMS), len(places)),
+        "ints": (rows, 1 + groups),
+        "used": (rows, len(RECORDED), groups),
+        "sums": (rows, len(SUMS), len(places)),
     }
     for name, shape in shapes.items():
         x = found[name]
         dtype = torch.int64 if name == "ints" else torch.float64
-        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.layout != torch.strided:
+        if not _is_plain(x) or x.shape != shape or x.dtype != dtype:
             raise ValueError(f"{name} of the loaded record is no {dtype} tensor of shape {shape}")
         found[name] = x.detach().cpu()
     steps = found["ints"][:, 0]
-    if count and (int(steps[0]) < 0 or int(steps[-1]) >= found["steps"] or bool((steps.diff() <= 0).any())):
+    rises = bool((steps[1:] > steps[:-1]).all())
+    if rows and not (rises and int(steps[0]) >= 0 and int(steps[-1]) < found["steps"]):
         raise ValueError(f"ints of the loaded record do not count up to steps={found['steps']}")
     return found
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether it is a tensor whose values are in memory."""
+    return isinstance(x, Tensor) and not x.is_nested and not x.is_meta and x.layout == torch.strided
 
 
 def restore(

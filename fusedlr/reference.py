@@ -471,7 +471,8 @@ def update_(
                 used = torch.where(active, used, counters.used[: len(used), i])
                 made, skipped = made & active, skipped & active
                 in_row = torch.where(active, in_row, counters.skips_in_row[i])
-            if own and (scope.skip_nonfinite or signals.found_inf is not None):
+            spikes_skip = scope.zclip is not None and scope.zclip.action == "skip"
+            if own and (scope.skip_nonfinite or spikes_skip or signals.found_inf is not None):
                 note_nonfinite(own, i, skipped, counters)
             counters.used[: len(used), i] = used
             counters.k[i] += made

@@ -76,6 +76,7 @@ void Stepper::run(int stages, const Inputs& inputs) {
     const bool norm = (stages & kNorm) &&
                       std::any_of(scopes_.begin(), scopes_.end(), [](const Scope& s) { return s.normed(); });
     const bool update = stages & kUpdate;
+    squared_ = norm;
     const auto square_chunks = [&](size_t first, size_t last) {
         for (size_t c = first; norm && c < last; ++c) {
             Chunk& chunk = chunks_[c];
@@ -126,9 +127,9 @@ void Stepper::update_chunk(Chunk& chunk, const Inputs& inputs) {
     if (records_tensors()) {
         const size_t scope = groups_[rows_[chunk.row].group].scope;
         chunk.sums = {};
-        // the norm has it
-        chunk.sums.of[k_grad] =
-            scopes_[scope].normed() ? chunk.squares : tensor.sum_of_squares(whole, inputs.unscale);
+        chunk.sums.of[k_grad] = squared_ && scopes_[scope].normed()
+                                    ? chunk.squares
+                                    : tensor.sum_of_squares(whole, inputs.unscale);
     }
     if (tensor.skipped)
         chunk.nonfinite = !tensor.finite(whole);

@@ -149,6 +149,7 @@ class Stepper {
     std::vector<Row> rows_;
     Counters counters_;
     Ring ring_;
+    bool squared_ = false;  // whether the chunks have the squares of the gradients of the run under way
     std::vector<Group> groups_;
     std::vector<Scope> scopes_;
     std::vector<Chunk> chunks_;

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import threading
 from collections import defaultdict
 
 import numpy as np
@@ -12,7 +13,7 @@ from kit import make, make_params, quiet, scheduled, set_grads, spoil, step, ste
 from snapshots import params_of
 from torch import nn
 
-from fusedlr import Record
+from fusedlr import Record, ZClip
 
 SHAPES = ((40, 30), (7,), (), (5, 3))
 
@@ -220,7 +221,7 @@ def test_what_is_no_record_is_refused():
         make(record=3)
     with pytest.raises(ValueError, match="last=0"):
         Record(last=0)
-    with pytest.raises(ValueError, match="last=1048577 is above 1048576"):
+    with pytest.raises(ValueError, match="last=1048577 must be at most 1048576"):
         Record(last=2**20 + 1)
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         make().record()
@@ -282,6 +283,143 @@ def test_scopes_name_their_own_tensors(device, backend):
     assert found["scopes"] == ("first", "second")
     assert found["nonfinite_tensor"] == ["parameter 0 of group 2", "parameter 0 of group 1"]
     assert found["nonfinite_step"] == [0, 1]
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_norm_that_was_measured_before_the_step_leaves_nothing_out(device, backend, contiguous):
+    optimizer = make(named(device=device), max_grad_norm=1.0, record=Record(), backend=backend)
+    p = params_of(optimizer)[0]
+    for k in range(3):
+        set_grads(optimizer, k)
+        if not contiguous:
+            p.grad = p.grad.t().contiguous().t()
+        optimizer.grad_norm()
+        optimizer.step()
+        expected = [q.grad.norm().item() for q in params_of(optimizer)]
+        np.testing.assert_allclose(optimizer.record()["tensor_grad_norm"][-1], expected, rtol=1e-5)
+
+
+def test_clipping_that_comes_between_norm_and_step_leaves_nothing_out(device, backend):
+    optimizer = make(named(device=device), record=Record(), backend=backend)
+    step(optimizer)
+    optimizer.grad_norm()
+    optimizer.max_grad_norm = 1.0
+    optimizer.step()
+    first, second = optimizer.record()["tensor_grad_norm"]
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+def test_a_step_skipped_for_a_spike_names_what_was_not_finite_besides(device, backend):
+    limit = ZClip(warmup_steps=2, action="skip")
+    options = {"max_grad_norm": limit, "nonfinite": "propagate", "backend": backend}
+    optimizer = make(named(device=device), **options)
+    steps(optimizer, 0, 3)
+    set_grads(optimizer, 3)
+    spoil(optimizer, index=1)
+    optimizer.step()
+    found = optimizer.last_metrics()
+    assert (found["skipped"], found["nonfinite_tensor"]) == (1, "p1")
+
+
+def test_names_are_unique_and_can_be_printed():
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    params = [(name, p) for layer in layers for name, p in layer.named_parameters()]
+    optimizer = make([*params, ("w\n", nn.Parameter(torch.ones(1)))], record=Record())
+    step(optimizer)
+    names = optimizer.record()["names"]
+    assert names[:2] == ("weight (group 0)", "bias (group 0)")
+    assert names[2:] == ("weight (group 0, 2)", "bias (group 0, 2)", r"'w\n'")
+    scoped = make([{"params": [nn.Parameter(torch.ones(1))], "scope": "a\x1b"}], record=Record())
+    step(scoped)
+    assert scoped.record()["scopes"] == (r"'a\x1b'",)
+    scoped.remove_scope("a\x1b")
+    with pytest.raises(RuntimeError, match="without groups"):
+        scoped.record()
+
+
+def test_groups_of_a_scope_number_their_steps_alike(device, backend):
+    optimizer = make(named(device=device), max_grad_norm=1.0, backend=backend)
+
+    def spoiled(k, index):
+        set_grads(optimizer, k)
+        spoil(optimizer, index=index)
+        optimizer.step()
+        found = optimizer.last_metrics()
+        return found["nonfinite_tensor"], found["nonfinite_step"]
+
+    steps(optimizer, 0, 4)
+    assert spoiled(4, 1) == ("p1", 4)
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, device=device)))]})
+    assert spoiled(5, 4) == ("late", 5)
+    state = through_a_file(optimizer.state_dict())
+    assert spoiled(6, 0) == ("p0", 6)
+    # what is loaded knows of none
+    optimizer.load_state_dict(state)
+    assert optimizer.last_metrics()["nonfinite_tensor"] is None
+    assert spoiled(6, 4) == ("late", 6)
+
+
+def test_a_scope_is_recorded_whichever_of_its_groups_is_the_first():
+    optimizer = make(named(), max_grad_norm=1.0, record=Record())
+    steps(optimizer, 0, 3)
+    before = optimizer.record()["grad_norm"]
+    options = {key: value for key, value in optimizer.param_groups[0].items() if "param" not in key}
+    late = {**options, "params": [nn.Parameter(torch.ones(2))], "param_names": ["late"]}
+    optimizer.param_groups.insert(0, late)
+    step(optimizer, 3)
+    after = optimizer.record()
+    np.testing.assert_array_equal(after["grad_norm"][:3], before)
+    assert not np.isnan(after["grad_norm"]).any() and after["k"][:, 0].tolist() == [-1, -1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ints": torch.zeros((1, 2), dtype=torch.int64, device="meta")},
+        {"ints": torch.zeros((1, 1), dtype=torch.int64).expand(2**42, 2)},
+        {"ints": torch.tensor([[0, 0], [2**63 - 1, 0], [-(2**63), 0], [-1, 0], [4, 0]])},
+        {"ints": torch.tensor([[0.0, 0.0]] * 5)},
+        {"steps": 2**52},
+        {"steps": -1},
+        {"params": [0, 0, 1, 2]},
+        {"params": [7]},
+        {"params": None},
+        {"process": "here"},
+        {"used": None},
+    ],
+    ids=repr,
+)
+def test_a_file_that_is_damaged_is_refused(change):
+    optimizer = make(named(), record=Record())
+    steps(optimizer, 0, 5)
+    state = optimizer.state_dict()
+    state["fusedlr"]["record"].update(change)
+    before = optimizer.record()["step"].tolist()
+    with pytest.raises(ValueError, match="of the loaded record"):
+        optimizer.load_state_dict(state)
+    assert optimizer.record()["step"].tolist() == before
+
+
+def test_a_file_is_whole_while_another_thread_makes_steps():
+    optimizer = make(named(), max_grad_norm=1.0, record=Record(last=4))
+    set_grads(optimizer)
+    optimizer.step()
+    other = make(named(), record=Record(last=4))
+    stop = threading.Event()
+
+    def train():
+        while not stop.is_set():
+            optimizer.step()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(100):
+            other.load_state_dict(optimizer.state_dict())
+            assert np.diff(other.record()["step"]).tolist() in ([], [1], [1, 1], [1, 1, 1])
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_the_warning_of_many_skips_names_the_tensor():

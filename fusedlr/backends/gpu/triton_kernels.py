@@ -335,7 +335,7 @@ def look_at(gradient, begin, left, unscale, found, place, PARAMS: tl.constexpr):
         squares += (g * unscale) * (g * unscale)
     # the first tensor of the group has the largest of these
     if tl.sum(bad) != 0:
-        tl.atomic_max(found, NO_PLACE - place, sem="relaxed")
+        tl.atomic_max(found, -place + NO_PLACE, sem="relaxed")
     return tl.sum(squares)
 
 
@@ -830,7 +830,7 @@ def count_step(
         found = tl.load(ks + FOUND * groups, mask=inside, other=0)
         inside = inside & (tl.load(active + scope) != 0)
         named = inside & (found != 0)
-        tl.store(ks + NONFINITE * groups, NO_PLACE + 1 - found, mask=named)
+        tl.store(ks + NONFINITE * groups, -found + NO_PLACE + 1, mask=named)
         tl.store(ks + NONFINITE_STEP * groups, k + total, mask=named)
         tl.store(ks + FOUND * groups, tl.zeros([SCOPE_LANES], tl.int64), mask=named)
         tl.store(ks, k + (1 - skipped), mask=inside)
