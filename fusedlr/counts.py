@@ -177,6 +177,7 @@ class Counts:
             if i not in origins:
                 # not a view, which replays of a graph that was captured with these counters would move on
                 group.counts, group.norms = old.counts[:, i].clone(), norms[:, i].clone()
+                group.shown = self.shown[i]
                 self._gone.update((p, (group.own, group.counts, group.norms)) for p in group["params"])
         if origins != list(range(len(before))):
             # what a scheduler's state says is said of the groups that there were
@@ -199,14 +200,14 @@ class Counts:
                 shown[i] = self.shown[origin]
             elif group.counts is not None:
                 self.counters.counts[:, i] = group.counts.to(self.counters.counts.device)
-                shown[i] = int(group.counts[0])
+                shown[i] = int(group.counts[0]) if group.shown is None else group.shown
                 if group.norms is not None:
                     self.counters.norms[:, i] = group.norms.to(self.counters.counts.device)
             if given[i] is not None:
                 # of a plain dict
                 shown[i] = arguments.count("k", given[i])
                 self.counters.k[i] = shown[i]
-            group.counts = group.norms = None
+            group.counts = group.norms = group.shown = None
             group.counter = weakref.ref(self), i
             for p in group["params"]:
                 self._gone.pop(p, None)

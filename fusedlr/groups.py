@@ -71,11 +71,12 @@ class ParamGroup(dict[str, Any]):
         counts: the counters of a group that was taken out of `param_groups`, which it goes on with when it is
             put back; None while it is there.
         norms: what it then has of its scope's norms, `columns.NORMS`.
+        shown: the step whose rate it then shows; None as `counts`.
         counter: what gives the `Counts` whose `k` of which index it shows as `group["k"]`, None once they
             are gone.
     """
 
-    __slots__ = ("_notes", "counter", "counts", "norms", "own", "shown_lr")
+    __slots__ = ("_notes", "counter", "counts", "norms", "own", "shown", "shown_lr")
 
     def __init__(self, group: dict[str, Any], notes: Notes, own: dict[str, Any] | None = None) -> None:
         super().__init__({key: value for key, value in group.items() if key not in _NO_ITEMS})
@@ -87,6 +88,7 @@ class ParamGroup(dict[str, Any]):
         self.shown_lr: float | None = None
         self.counts: Tensor | None = None
         self.norms: Tensor | None = None
+        self.shown: int | None = None
         self.counter: tuple[Callable[[], Any], int] = _UNCOUNTED
         # an id may have been that of a group that is gone
         notes.lr_assigned.discard(id(self))

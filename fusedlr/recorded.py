@@ -184,7 +184,7 @@ class Recording(Mapping[str, Any]):
             if not isinstance(group, RecordedGroup):
                 raise ValueError(f"groups[{i}]={arguments.shown(group)} is not a RecordedGroup")
             if group.scope not in known:
-                raise ValueError(f"groups[{i}] is in scope {group.scope!r}, not in scopes={scopes}")
+                raise ValueError(f"groups[{i}] is in scope {group.scope!r}, and scopes={scopes}")
         if not self["groups"] or not scopes:
             raise ValueError("groups and scopes need at least one of each")
 

@@ -87,7 +87,8 @@ def test_as_many_blocks_fit_as_kernels_ask_for() -> None:
 
 def test_the_wide_path_moves_16_bytes_at_a_time() -> None:
     for _, name, arch, kernel, facts in kernels():
-        loads, stores = WIDE[name, kernel.rsplit(", ", 1)[0]]
+        # what is recorded was read anyway
+        loads, stores = WIDE[name, kernel.rsplit(", ", 1)[0].removesuffix(", record")]
         # the loop has them again, unrolled loops and one loop per form of the first moment several times
         assert facts["loads"] >= loads and facts["loads"] % loads == 0, (name, arch, kernel, facts)
         loops = facts["stores"] // stores if stores else 0

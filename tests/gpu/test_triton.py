@@ -18,7 +18,7 @@ def test_no_argument_but_a_type_is_compiled_in() -> None:
 
     for kernel in (triton_kernels.norm_kernel, triton_kernels.step_kernel):
         compiled_in = {p.name for p in kernel.params if p.is_constexpr}
-        assert compiled_in <= {"PARAMS", "MOMENTS", "AMSGRAD", "MASTER"}
+        assert compiled_in <= {"PARAMS", "MOMENTS", "AMSGRAD", "MASTER", "RECORD"}
         for p in kernel.params:
             assert p.is_constexpr or (p.do_not_specialize and p.do_not_specialize_on_alignment), p.name
 

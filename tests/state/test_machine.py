@@ -582,6 +582,9 @@ class Machine(RuleBasedStateMachine):
         k_loaded = [g.k for g in groups] if self.k_loaded is None else [k for _, k in self.k_loaded]
         for now, then, k in zip(self.groups, groups, k_loaded, strict=True):
             now.peak, now.limit, now.k, now.skipped = then.peak, then.limit, k, then.skipped
+            if now.schedule is not None and then.schedule is not None:
+                # what has become of it since is taken back
+                now.schedule = now.schedule.with_changes(then.schedule.changes)
             if now.schedule is None:
                 now.lr = then.lr
             now.show()

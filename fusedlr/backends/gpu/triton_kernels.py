@@ -321,10 +321,12 @@ def update_tile(
 
 
 @triton.jit
-def look_at(gradient, begin, left, unscale, found, place, PARAMS: tl.constexpr):
-    """The sum of squares of a chunk's unscaled gradient, which is not used in this step; notes at `found` if
-    it is not finite.
+def look_at(gradient, begin, left, scale, found, place, PARAMS: tl.constexpr, RECORD: tl.constexpr):
+    """Notes at `found` if a chunk's gradient, which is not used in this step, is not finite.
+
+    Returns the sum of squares of the unscaled gradient, where it is to be recorded, else anything.
     """
+    unscale = tl.div_rn(1.0, scale)
     squares = tl.zeros([NARROW], tl.float32)
     bad = tl.zeros([NARROW], tl.float32)
     lanes = tl.arange(0, NARROW)
@@ -332,7 +334,8 @@ def look_at(gradient, begin, left, unscale, found, place, PARAMS: tl.constexpr):
         inside = i * NARROW + lanes < left
         g = read(at(gradient, begin + i * NARROW, PARAMS, False, 1), inside, False)
         bad = tl.where(tl.abs(g) < float("inf"), bad, 1.0)
-        squares += (g * unscale) * (g * unscale)
+        if RECORD:
+            squares += (g * unscale) * (g * unscale)
     # the first tensor of the group has the largest of these
     if tl.sum(bad) != 0:
         tl.atomic_max(found, -place + NO_PLACE, sem="relaxed")
@@ -646,9 +649,6 @@ def step_kernel(
     of_grad = 0.0
     of_change = 0.0
     of_before = 0.0
-    if (left > 0) & steps & skip:
-        found = counts + FOUND * groups + group
-        of_grad = look_at(gradient, begin, left, unscale, found, tl.load(row + PLACE), PARAMS)
     if (left > 0) & steps & (~skip):
         s = scalars(row, group_floats, lr, unscale * coef)
         addresses = gradient | tl.load(row + PARAM) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
@@ -708,6 +708,13 @@ def step_kernel(
             of_grad = tl.sum(grads) + tl.sum(more_grads)
             of_change = tl.sum(changes) + tl.sum(more_changes)
             of_before = tl.sum(befores) + tl.sum(more_befores)
+    if (left > 0) & steps & skip:
+        # found again, so that no register holds it during the update
+        again = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
+        found = counts + FOUND * groups + tl.load(again + GROUP)
+        row, gradient, begin, left = place(again, tensors, gradients)
+        scale = tl.load(grad_scale)
+        of_grad = look_at(gradient, begin, left, scale, found, tl.load(row + PLACE), PARAMS, RECORD)
     if RECORD:
         sums = tl.load(ring + CHUNK_SUMS).to(tl.pointer_type(tl.float32)) + tl.load(chunk + SLOT)
         tl.store(sums + OF_GRAD * programs, of_grad)
