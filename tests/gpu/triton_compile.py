@@ -145,9 +145,8 @@ def _amd(asm: Any) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count")
-        + number("sgpr_spill_count")
-        + number("private_segment_fixed_size"),
+        # to memory: scalars that spill lie in lanes of vector registers
+        "spilled": number("vgpr_spill_count") + number("private_segment_fixed_size"),
         # tables are read by other instructions, or by scalar ones
         "loads": sum(line.startswith("buffer_load_dwordx4") for line in code),
         "stores": sum(line.startswith("buffer_store_dwordx4") for line in code),
