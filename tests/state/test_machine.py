@@ -210,8 +210,8 @@ class Machine(RuleBasedStateMachine):
                 if group.schedule is not None and not group.assigned:
                     group.show()
                 torchs[i]["lr"] = group.lr
-                # used, and from now on not ours
-                group.assigned = False
+                # used, and from now on not ours; without a gradient it waits for the step that is made
+                group.assigned = group.assigned and not active
                 group.shown_k = group.k
                 group.k += active and not skip
                 group.skipped += active and skip
