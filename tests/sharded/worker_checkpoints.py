@@ -64,13 +64,18 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"model": weights, "optimizer": moments, "scheduler": optimizer.scheduler.state_dict()}
 
 
+def load(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
+    """Put a checkpoint of `state_of` into a model and its optimizer."""
+    saved = state_of(model, optimizer)
+    dcp.load(saved, checkpoint_id=checkpoint)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    optimizer.scheduler.load_state_dict(saved["scheduler"])
+
+
 def a_part_of_a_run(folder: Path, first: int, last: int) -> None:
     model, optimizer = build()
     if first:
-        saved = state_of(model, optimizer)
-        dcp.load(saved, checkpoint_id=folder / str(first))
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-        optimizer.scheduler.load_state_dict(saved["scheduler"])
+        load(model, optimizer, folder / str(first))
     train(model, optimizer, first, last)
     dcp.save(state_of(model, optimizer), checkpoint_id=folder / str(last))
     if last == STEPS:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fusedlr
 from sharded.processes import main
+from sharded.worker_checkpoints import load, state_of
 
 STEPS = 8
 
@@ -52,18 +52,10 @@ def values(model: nn.Module, optimizer: Any) -> tuple[list[Tensor], list[Tensor]
     return [whole(p) for p in model.parameters()], [whole(x) for x in optimizer.master_parameters()]
 
 
-def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    weights, kept = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": kept, "scheduler": optimizer.scheduler.state_dict()}
-
-
 def a_part_of_a_run(folder: Path, first: int, last: int) -> None:
     model, optimizer = build(sharded=True)
     if first:
-        saved = state_of(model, optimizer)
-        dcp.load(saved, checkpoint_id=folder / str(first))
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-        optimizer.scheduler.load_state_dict(saved["scheduler"])
+        load(model, optimizer, folder / str(first))
     train(model, optimizer, first, last)
     for p in model.parameters():
         rest = optimizer.state[p]["param_remainder"]
