@@ -181,30 +181,27 @@ Update update_for(Type param, Type state, bool amsgrad, bool master, bool record
     }
 }
 
-SumOfSquares sum_of_squares_for(Type param) {
-    switch (param) {
+// what `make` makes of an element of a type
+template <class Make>
+auto of_type(Type type, Make make) {
+    switch (type) {
         case kF64:
-            return sum_of_squares<double>;
+            return make(double());
         case kF32:
-            return sum_of_squares<float>;
+            return make(float());
         case kBF16:
-            return sum_of_squares<BF16>;
+            return make(BF16());
         default:
-            return sum_of_squares<F16>;
+            return make(F16());
     }
 }
 
-bool (*finite_for(Type param))(const Span& span) {
-    switch (param) {
-        case kF64:
-            return finite<double>;
-        case kF32:
-            return finite<float>;
-        case kBF16:
-            return finite<BF16>;
-        default:
-            return finite<F16>;
-    }
+SumOfSquares sum_of_squares_for(Type param) {
+    return of_type(param, [](auto x) -> SumOfSquares { return sum_of_squares<decltype(x)>; });
+}
+
+Finite finite_for(Type param) {
+    return of_type(param, [](auto x) -> Finite { return finite<decltype(x)>; });
 }
 
 }  // namespace

@@ -15,6 +15,8 @@ struct Span {
 };
 
 using SumOfSquares = double (*)(const Span& span, double factor);
+using Finite = bool (*)(const Span& span);
+
 // sums of squares, as columns.SUMS has them
 struct Sums {
     double of[kSums];
@@ -36,7 +38,7 @@ struct Kernel {
     // with or without the rest of its fp32 value; what it does is recorded or not
     Update (*update)(Type param, Type state, bool amsgrad, bool master, bool record);
     // the function that looks whether all gradients are finite
-    bool (*(*finite)(Type param))(const Span& span);
+    Finite (*finite)(Type param);
 };
 
 namespace baseline {

@@ -124,7 +124,7 @@ class Stepper {
     struct Tensor {
         SumOfSquares sum_of_squares;
         Update update;
-        bool (*finite)(const Span& span);
+        Finite finite;
         bool active;   // whether this step updates it
         bool skipped;  // whether it would have
         Scalars<double> scalars;
