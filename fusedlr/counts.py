@@ -224,17 +224,13 @@ class Counts:
             there = [i for i, origin in enumerate(origins) if origin is not None]
             self._count_with_scopes([i for i in range(len(groups)) if i not in there], there)
 
-    def _count_with_scopes(self, groups: Iterable[int], others: Sequence[int] = ()) -> None:
-        """Number the steps of these groups as those of their scopes, which `others` of the groups may have
-        made alone.
-        """
+    def _count_with_scopes(self, groups: Iterable[int], others: Sequence[int]) -> None:
+        """Number the coming steps of these groups as those of the `others` of their scopes."""
         keys = scope_keys(self.groups, joint=self.joint)
         own = (self.counters.k + self.counters.skipped).tolist()
-        groups = list(groups)
         for i in groups:
-            of_scope = [j for j in (others or groups) if keys[j] == keys[i]]
-            total = max((own[j] + (self._steps_before[j] if others else 0) for j in of_scope), default=own[i])
-            self._steps_before[i] = total - own[i]
+            of_scope = [own[j] + self._steps_before[j] for j in others if keys[j] == keys[i]]
+            self._steps_before[i] = max(of_scope, default=own[i]) - own[i]
 
     def place_on(self, device: torch.device, *, fp32: bool) -> None:
         """Keep the counters on this device, and what a step uses in fp32 where the kernels have no fp64."""
@@ -395,7 +391,9 @@ class Counts:
     def _forget_nonfinite(self) -> None:
         self.counters.nonfinite.zero_()
         self.counters.nonfinite_step.zero_()
-        self._count_with_scopes(range(len(self.groups)))
+        every = range(len(self.groups))
+        self._steps_before = [0 for _ in every]
+        self._count_with_scopes(every, every)
 
     def read_norms(self) -> list[list[float]]:
         """Per group what its scope's `ZClip` has seen, `columns.NORMS`, from the device (waits for it)."""
