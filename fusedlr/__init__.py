@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # name -> module that defines it; "" for a submodule
-_LATE = {
+_LATE_IMPORTS = {
     "FallbackWarning": "backends",
     "FusedAdamW": "optimizer",
     "Record": "record",
@@ -45,14 +45,14 @@ _LATE = {
 }
 
 __all__ = sorted(
-    [*_LATE, *_CONSTRUCTORS, "Phase", "Schedule", "ZClip", "from_hf", "from_torch", "total_steps"]
+    [*_LATE_IMPORTS, *_CONSTRUCTORS, "Phase", "Schedule", "ZClip", "from_hf", "from_torch", "total_steps"]
 )
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+    if name not in _LATE_IMPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _LATE[name]
+    module = _LATE_IMPORTS[name]
     value = (
         getattr(import_module(f"{__name__}.{module}"), name)
         if module
@@ -63,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATE})
+    return sorted({*globals(), *_LATE_IMPORTS})

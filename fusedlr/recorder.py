@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -92,12 +92,12 @@ def names_of(params: Sequence[Tensor], groups: Sequence[Any]) -> list[str]:
     found = [names.get(id(p), (f"parameter {column} of the past", -1)) for column, p in enumerate(params)]
     found = [(_printable(name), i) for name, i in found]
     alike = Counter(name for name, _ in found)
-    told: dict[str, None] = {}
+    unique: dict[str, None] = {}
     for name, i in found:
-        unique = name if alike[name] == 1 else f"{name} (group {i})"
-        again = (f"{name} (group {i}, {n})" for n in count(2))
-        told[unique if unique not in told else next(x for x in again if x not in told)] = None
-    return list(told)
+        of_group = name if alike[name] == 1 else f"{name} (group {i})"
+        numbered = (f"{name} (group {i}, {n})" for n in count(2))
+        unique[next(x for x in chain((of_group,), numbered) if x not in unique)] = None
+    return list(unique)
 
 
 def _group(index: int, group: Any, scope: Any) -> RecordedGroup:
