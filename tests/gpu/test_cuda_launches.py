@@ -95,7 +95,7 @@ def test_a_missing_gradient_travels_as_no_address(tables: list[bool]) -> None:
 def launches(rows: int, *, few: bool) -> Any:
     """Launches of nothing; addresses are not looked at before a step."""
     numbers = dict.fromkeys(("made_for", "programs", "groups", "scopes", "phases", "device"), 0)
-    names = "tensors chunks ints floats rates counts used squares partials tickets generation"
+    names = "tensors chunks ints floats rates counts used squares partials tickets generation ring"
     addresses = dict.fromkeys(names.split(), 0)
     return compiled.cuda.Launcher(
         **addresses, **numbers, rows=rows, normed=False, buckets=[], few=few, table=False
