@@ -321,12 +321,11 @@ def update_tile(
 
 
 @triton.jit
-def look_at(gradient, begin, left, scale, found, place, PARAMS: tl.constexpr, RECORD: tl.constexpr):
+def look_at(gradient, begin, left, unscale, found, place, PARAMS: tl.constexpr, RECORD: tl.constexpr):
     """Notes at `found` if a chunk's gradient, which is not used in this step, is not finite.
 
     Returns the sum of squares of the unscaled gradient, where it is to be recorded, else anything.
     """
-    unscale = tl.div_rn(1.0, scale)
     squares = tl.zeros([NARROW], tl.float32)
     bad = tl.zeros([NARROW], tl.float32)
     lanes = tl.arange(0, NARROW)
@@ -649,6 +648,9 @@ def step_kernel(
     of_grad = 0.0
     of_change = 0.0
     of_before = 0.0
+    if (left > 0) & steps & skip:
+        found = counts + FOUND * groups + group
+        of_grad = look_at(gradient, begin, left, unscale, found, tl.load(row + PLACE), PARAMS, RECORD)
     if (left > 0) & steps & (~skip):
         s = scalars(row, group_floats, lr, unscale * coef)
         addresses = gradient | tl.load(row + PARAM) | tl.load(row + EXP_AVG) | tl.load(row + EXP_AVG_SQ)
@@ -708,13 +710,6 @@ def step_kernel(
             of_grad = tl.sum(grads) + tl.sum(more_grads)
             of_change = tl.sum(changes) + tl.sum(more_changes)
             of_before = tl.sum(befores) + tl.sum(more_befores)
-    if (left > 0) & steps & skip:
-        # found again, so that no register holds it during the update
-        again = chunks + (first + tl.program_id(0)) * CHUNK_COLUMNS
-        found = counts + FOUND * groups + tl.load(again + GROUP)
-        row, gradient, begin, left = place(again, tensors, gradients)
-        scale = tl.load(grad_scale)
-        of_grad = look_at(gradient, begin, left, scale, found, tl.load(row + PLACE), PARAMS, RECORD)
     if RECORD:
         sums = tl.load(ring + CHUNK_SUMS).to(tl.pointer_type(tl.float32)) + tl.load(chunk + SLOT)
         tl.store(sums + OF_GRAD * programs, of_grad)
@@ -884,6 +879,5 @@ def options(target: GPUTarget, amsgrad: bool, master: bool, record: bool = False
         # ptxas stops at 80 registers by itself and spills for it. As many programs fit at 96 as at 88, which
         # holds everything but on sm_100 and later, where one program less fits
         plain = 96 if target.arch < 100 else 104
-        more = 168 if record else 128
-        chosen["maxnreg"] = more if amsgrad or master else 128 if record else plain
+        chosen["maxnreg"] = 168 if record else 128 if amsgrad or master else plain
     return chosen
