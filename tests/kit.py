@@ -28,7 +28,6 @@ from fusedlr import backends
 from fusedlr import step as step_module
 from fusedlr.backends import compiled
 from fusedlr.backends.order import StepInputs
-from fusedlr.columns import STATE
 from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,18 +252,17 @@ class StepRow:
 
     param: Tensor
     grad: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
+    state: dict[str, Tensor]  # by the names of `columns.STATE`
     step: Tensor
-    param_remainder: Tensor | None = None
-    master_param: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
+        return [self.param, *([] if self.grad is None else [self.grad]), *self.state.values(), self.step]
 
     def of_group(self, index: int) -> Row:
         """What the backends are given."""
         self.param.grad = self.grad
-        state = {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
-        return Row.alone(index, self.param, state, self.step)
+        return Row.alone(index, self.param, self.state, self.step)
 
 
 @dataclass

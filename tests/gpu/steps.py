@@ -18,11 +18,10 @@ from tolerances import GPU_STEP
 from torch import Tensor, nn
 
 import fusedlr
-from fusedlr.kept import has_rest
+from fusedlr.kept import MOMENTS, has_rest
 from fusedlr.reference import fp32_value
 
 SCHEDULE = fusedlr.cosine(warmup_steps=2, total_steps=12, min_lr_ratio=0.1)
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def params(*shapes: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:

@@ -18,7 +18,8 @@ import fusedlr
 from fusedlr.backends import compiled
 from fusedlr.backends.gpu import cuda
 from fusedlr.backends.gpu.tables import Table
-from gpu.steps import MOMENTS, all_params, both, count_calls, counts, params, train
+from fusedlr.kept import MOMENTS
+from gpu.steps import all_params, both, count_calls, counts, params, train
 
 pytestmark = pytest.mark.skipif("cuda" not in backends_on("cpu"), reason="no cuda on this CPU")
 
@@ -43,8 +44,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def together(optimizer: fusedlr.FusedAdamW) -> list[Tensor]:
     """Parameters and moments; an element alone could be 0 but for its rounding."""
-    states = optimizer.state.values()
-    return [torch.cat(all_params(optimizer)), *(torch.cat([s[key] for s in states]) for key in MOMENTS[:2])]
+    states = list(optimizer.state.values())
+    kept = [name for name in MOMENTS if name in states[0]]
+    return [torch.cat(all_params(optimizer)), *(torch.cat([s[name] for s in states]) for name in kept)]
 
 
 def close(make: Callable[[], list[dict[str, Any]]], steps: int) -> None:

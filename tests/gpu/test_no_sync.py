@@ -16,8 +16,7 @@ from wrong import steps as wrong_steps
 import fusedlr
 from fusedlr import backends, reference
 from fusedlr.backends.order import StepInputs
-from fusedlr.columns import STATE
-from fusedlr.kept import MOMENTS
+from fusedlr.kept import Kept
 from fusedlr.record import Ring
 
 # bench is run from the checkout; where only the tests are, there is no bench to test
@@ -49,11 +48,11 @@ def meta_step(
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    names = MOMENTS if amsgrad else [name for name in MOMENTS if STATE[name].option is None]
     rows = []
     for _ in range(2):
         p = torch.nn.Parameter(tensor(4, 3))
         p.grad = tensor(4, 3)
+        names = Kept().names(p, {"amsgrad": amsgrad})
         rows.append(reference.Row.alone(0, p, {name: tensor(4, 3) for name in names}, tensor()))
     group = reference.GroupStep(
         schedule=schedule,

@@ -20,6 +20,7 @@ from fusedlr.backends import compiled, order
 from fusedlr.backends.gpu.tables import Layout, Table
 from fusedlr.backends.order import CopyingStepper, StepInputs
 from fusedlr.columns import USED
+from fusedlr.kept import Kept
 from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 from gpu.steps import SCHEDULE, all_params, both, compare, count_calls, params, train
 
@@ -47,12 +48,12 @@ def group(scope: int, **options: Any) -> GroupStep:
 def make_rows(*sizes: Sequence[int], dtype: torch.dtype = torch.float32, amsgrad: bool = False) -> list[Row]:
     """Rows with gradients, `sizes[i]` elements in the tensors of group `i`."""
     generator = torch.Generator().manual_seed(3)
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]
     rows = []
     for index, own in enumerate(sizes):
         for size in own:
             p = torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype))
             p.grad = torch.randn(size, generator=generator).to(dtype)
+            names = Kept().names(p, {"amsgrad": amsgrad})
             rows.append(Row.alone(index, p, {name: torch.zeros(size) for name in names}, torch.zeros(())))
     return rows
 

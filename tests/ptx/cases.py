@@ -11,7 +11,7 @@ import harness
 import torch
 from gpu import cases as gpu_cases
 from gpu.cases import BF16, F16, F32
-from gpu.steps import MOMENTS, whole_values
+from gpu.steps import whole_values
 from tolerances import (
     GPU_16_BIT_SHARE,
     GPU_CHANGES,
@@ -24,6 +24,7 @@ from tolerances import (
 from torch import Tensor
 
 from fusedlr.columns import METRICS, SUMS
+from fusedlr.kept import MOMENTS
 from fusedlr.record import Ring
 
 from . import driver
@@ -38,15 +39,10 @@ _ROUNDED = 0.02
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the steps leave behind, in the order of the parameters; a moment that there is not is empty.
+    """What the steps leave behind, in the order of the parameters."""
 
-    Of parameters that the state has the rest of, `params` are the fp32 values.
-    """
-
-    params: list[Tensor]
-    exp_avg: list[Tensor]
-    exp_avg_sq: list[Tensor]
-    max_exp_avg_sq: list[Tensor]
+    # "params", in fp32 those that the state has the rest of, and moments by name, empty where there is none
+    tensors: dict[str, list[Tensor]]
     updates: list[float]  # of every tensor, -1 before the first
     counts: Tensor
     used: Tensor  # without the norms, which are
@@ -60,22 +56,17 @@ class Outcome:
     def of(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Outcome:
         """Of an optimizer of these parameters."""
         state = [optimizer.state.get(p, {}) for p in params]
-        moments = ([s[key].clone() if key in s else torch.empty(0) for s in state] for key in MOMENTS)
+        moments = {key: [s[key].clone() if key in s else torch.empty(0) for s in state] for key in MOMENTS}
         updates = [float(s["step"]) if "step" in s else -1.0 for s in state]
         counters = driver.counters(optimizer)
         return Outcome(
-            whole_values(params, optimizer),
-            *moments,
+            {"params": whole_values(params, optimizer), **moments},
             updates,
             counters.counts.clone(),
             counters.used[: len(METRICS)].clone(),
             counters.norms.clone(),
             *_recorded(counters.ring),
         )
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        """Parameters and moments, by name."""
-        return {name: getattr(self, name) for name in ("params", *MOMENTS)}
 
 
 def _recorded(ring: Ring | None) -> list[Tensor]:
@@ -141,8 +132,8 @@ def bits_differ(a: Outcome, b: Outcome) -> str | None:
     def bits(x: Tensor) -> Tensor:
         return x.contiguous().view(-1).view(torch.uint8)
 
-    for name, tensors in a.tensors().items():
-        for i, (x, y) in enumerate(zip(tensors, getattr(b, name), strict=True)):
+    for name, tensors in a.tensors.items():
+        for i, (x, y) in enumerate(zip(tensors, b.tensors[name], strict=True)):
             if not torch.equal(bits(x), bits(y)):
                 return f"the bits of {name}[{i}] depend on the order"
     for field in fields(Outcome)[-6:]:
@@ -166,8 +157,8 @@ def leaves_reference(ours: Outcome, case: Case) -> str | None:
         return why
     if _norms_differ(ours.norms.double(), theirs.norms):
         return f"norms {ours.norms[:, :4].tolist()} instead of {theirs.norms[:, :4].tolist()}"
-    for name, tensors in ours.tensors().items():
-        reference, exact = getattr(theirs, name), getattr(oracle, name)
+    for name, tensors in ours.tensors.items():
+        reference, exact = theirs.tensors[name], oracle.tensors[name]
         # of all tensors of the kind: the elements of a small one may cancel
         largest = max(
             (float(y[y.isfinite()].abs().max()) for y in reference if y.isfinite().any()), default=0.0
@@ -196,7 +187,7 @@ def _sums_differ(ours: Outcome, theirs: Outcome) -> str | None:
     for row, name in enumerate(SUMS):
         x, y = sums[:, row], wanted[:, row]
         # a 16-bit change may be that of the next number, so that only all together are alike
-        rounded = name == "change" and any(p.dtype != F32 for p in ours.params)
+        rounded = name == "change" and any(p.dtype != F32 for p in ours.tensors["params"])
         if rounded:
             x, y = x.clamp(min=0).sum(), y.clamp(min=0).sum()
         most = GPU_SUMS if name != "change" else _ROUNDED if rounded else GPU_CHANGES

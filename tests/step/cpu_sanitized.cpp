@@ -63,10 +63,11 @@ void run(const Kernel& kernel, Type param, Type moments, bool amsgrad, bool join
                         int64_t(i),
                         int64_t(n - 1 - i)});
         for (int j = 0; j < kStates; ++j) {
-            const bool rest =
-                (j == k_param_remainder && param == kBF16) || (j == k_master_param && param == kF16);
-            // the largest moment, and the rest of a 16-bit parameter's fp32 value, with and without
-            if (j == k_exp_avg || j == k_exp_avg_sq || (amsgrad && (j == k_max_exp_avg_sq || rest)))
+            const bool of_other =
+                (j == k_param_remainder && param != kBF16) || (j == k_master_param && param != kF16);
+            // what an option asks for: the largest moment, the rest of a 16-bit parameter's fp32 value
+            const bool optional = j != k_exp_avg && j != k_exp_avg_sq;
+            if (!of_other && (amsgrad || !optional))
                 rows.back().states[size_t(j)] =
                     allocate(sizes[i], kStateBytes[j] ? kStateBytes[j] : size_of(moments));
         }

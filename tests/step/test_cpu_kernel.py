@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fusedlr
 from fusedlr.backends import compiled, cpu
+from fusedlr.kept import Kept
 from fusedlr.reference import Counters, Signals
 
 if cpu.why_not([torch.device("cpu")]):
@@ -62,6 +63,10 @@ def make_rows(
         memory = torch.empty(drawn.numel() + offset, dtype=of)
         return memory[offset:].view(shape).copy_(drawn)
 
+    def drawn_as(name: str) -> Callable[[Tensor], Tensor]:
+        return (lambda x: 0.1 * x) if name == "exp_avg" else torch.square
+
+    names = Kept().names(torch.empty(0, dtype=dtype), {"amsgrad": amsgrad})
     rows = []
     for i, shape in enumerate(shapes):
         # exponents over the whole range of fp16, subnormal numbers included
@@ -70,9 +75,7 @@ def make_rows(
             StepRow(
                 tensor(shape, dtype, lambda x: x),
                 tensor(shape, dtype, lambda x, spread=spread: x * spread),
-                tensor(shape, moments, lambda x: 0.1 * x),
-                tensor(shape, moments, lambda x: x * x),
-                tensor(shape, moments, lambda x: x * x) if amsgrad else None,
+                {name: tensor(shape, moments, drawn_as(name)) for name in names},
                 torch.tensor(float(i % 3)),
             )
         )
@@ -80,8 +83,7 @@ def make_rows(
 
 
 def tensors(groups: list[StepGroup]) -> list[Tensor]:
-    rows = [row for group in groups for row in group.rows]
-    return [x for row in rows for x in vars(row).values() if x is not None]
+    return [x for group in groups for row in group.rows for x in row.tensors()]
 
 
 def values(counters: Counters) -> list[list[float]]:
@@ -150,7 +152,12 @@ def test_mixed_precisions_are_at_least_as_good(dtype, moments, isa):
     group = StepGroup(make_rows((*EDGES, (5, 37)), dtype, moments, False), betas=(0.5, 0.5), eps=1e-3)
     ours, _ = run("cpu", [group])
     wide = [
-        StepRow(*(None if x is None else x.double() for x in list(vars(row).values())[:5]), row.step)
+        StepRow(
+            row.param.double(),
+            row.grad.double(),
+            {name: x.double() for name, x in row.state.items()},
+            row.step,
+        )
         for row in group.rows
     ]
     exact, _ = run("reference", [replace(group, rows=wide)])
@@ -166,20 +173,24 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, isa):
     # with decay alone, p becomes (1 - decay) * p: rounded at every place
     moments = torch.zeros(n)
     rows = [
-        StepRow(every.clone(), torch.zeros(n, dtype=dtype), moments, moments.clone(), None, torch.tensor(0.0))
+        StepRow(
+            every.clone(),
+            torch.zeros(n, dtype=dtype),
+            {"exp_avg": moments, "exp_avg_sq": moments.clone()},
+            torch.tensor(0.0),
+        )
     ]
     for decay in (0.0, 0.37, 0.5, 1.5, -3.0):
         assert_same([StepGroup(copy.deepcopy(rows), lr=1.0, weight_decay=decay)])
     # as gradients, and as moments kept in 16 bits
-    rows = [StepRow(torch.ones(n, dtype=dtype), every, moments, moments.clone(), None, torch.tensor(0.0))]
+    zeros = {"exp_avg": moments, "exp_avg_sq": moments.clone()}
+    rows = [StepRow(torch.ones(n, dtype=dtype), every, zeros, torch.tensor(0.0))]
     assert_same([StepGroup(rows)])
     rows = [
         StepRow(
             torch.ones(n, dtype=dtype),
             torch.zeros(n, dtype=dtype),
-            every,
-            every.abs(),
-            None,
+            {"exp_avg": every, "exp_avg_sq": every.abs()},
             torch.tensor(0.0),
         )
     ]
@@ -190,8 +201,9 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, isa):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_spreads_as_in_the_reference(dtype, bad, isa):
     rows = make_rows(((40,),), dtype, torch.float64 if dtype == torch.float64 else torch.float32, True)
-    rows[0].grad[3], rows[0].exp_avg[5], rows[0].exp_avg_sq[7] = bad, bad, bad
-    rows[0].max_exp_avg_sq[9], rows[0].param[11] = bad, bad
+    rows[0].grad[3], rows[0].param[11] = bad, bad
+    for i, x in enumerate(rows[0].state.values()):
+        x[5 + 2 * i] = bad
     ours, _ = run("cpu", [StepGroup(rows)])
     theirs, _ = run("reference", [StepGroup(rows)])
     for a, b in zip(tensors(ours), tensors(theirs), strict=True):
@@ -273,7 +285,7 @@ def test_a_sum_of_squares_that_fp32_cannot_hold_is_skipped_as_in_the_reference()
 def test_a_skipped_step_leaves_every_bit(dtype, isa):
     rows = make_rows(LARGE, dtype, torch.float32 if dtype != torch.float64 else dtype, True)
     # what would be changed by reading and writing it again
-    rows[0].param[0], rows[0].exp_avg[1] = math.nan, math.nan
+    rows[0].param[0], rows[0].state["exp_avg"][1] = math.nan, math.nan
     rows[1].grad[0, 0] = math.inf
     group = StepGroup(rows, max_grad_norm=1.0, skip_nonfinite=True)
     after, counters = run("cpu", [group], Signals(), Signals(found_inf=1.0))
@@ -303,7 +315,8 @@ def test_layouts_in_any_combination(param, grad, state):
         made = make_rows(((6, 5), (3, 4)), torch.float32, torch.float32, True)
         row = made[0]
         row.param = LAYOUTS[param](row.param)
-        row.exp_avg, row.max_exp_avg_sq = LAYOUTS[state](row.exp_avg), LAYOUTS[state](row.max_exp_avg_sq)
+        for name in ("exp_avg", "max_exp_avg_sq"):
+            row.state[name] = LAYOUTS[state](row.state[name])
         if grad == "expanded":
             row.grad = torch.tensor(0.5).expand(6, 5)
         elif grad == "negated":
