@@ -65,11 +65,13 @@ class Result:
 def needed_bytes(inventory: Inventory, providers: int, dtype: str) -> int:
     """Memory that `run` takes at most, on the device.
 
-    Per parameter: of every provider parameter, gradient and two moments in fp32; weights and directions of
-    the start; the oracle's four numbers in fp64, or later its result and what the bandwidth is measured on.
+    Per parameter: of every provider parameter, gradient and two moments in fp32, and of 16-bit parameters what
+    one provider keeps of their fp32 values; weights and directions of the start; the oracle's four numbers in
+    fp64, or later its result and what the bandwidth is measured on.
     """
     width = DTYPES[dtype].itemsize
-    return inventory.parameters * (providers * (2 * width + 8) + width + 8 + 32)
+    rest = 4 if width == 2 else 0
+    return inventory.parameters * (providers * (2 * width + 8) + rest + width + 8 + 32)
 
 
 def run(
