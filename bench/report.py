@@ -72,8 +72,8 @@ def _inventory(result: Data) -> list[str]:
                 row["provider"],
                 _digits(ms["median"]),
                 f"{_digits(ms['low'])}-{_digits(ms['high'])}",
-                f"{ratio['median']:.2f}",
-                f"{ratio['low']:.2f}-{ratio['high']:.2f}",
+                _times(ratio["median"]),
+                f"{_times(ratio['low'])}-{_times(ratio['high'])}",
                 f"{row['gb_per_s']:.1f}",
                 f"{row['bandwidth_share']:.0%}",
                 f"{row['bytes_per_parameter']:.0f}",
@@ -94,7 +94,7 @@ def _sweep(name: str, results: list[Data]) -> list[str]:
         times = {row["provider"]: row for row in result["rows"]}
         cells = [_digits(times[name]["ms"]["median"]) if name in times else "-" for name in names]
         last = times.get(names[-1]) if names else None
-        rows.append((result["label"], *cells, f"{last['ratio']['median']:.2f}" if last else "-"))
+        rows.append((result["label"], *cells, _times(last["ratio"]["median"]) if last else "-"))
     return [*aligned(rows), *(line for result in results for line in _rejected(result))]
 
 
@@ -111,10 +111,10 @@ def _host(result: Data) -> list[str]:
                 row["way"],
                 _digits(ms["median"]),
                 f"{_digits(ms['low'])}-{_digits(ms['high'])}",
-                f"{plain['median']:.2f}",
-                f"{plain['low']:.2f}-{plain['high']:.2f}",
-                f"{ratio['median']:.2f}",
-                f"{ratio['low']:.2f}-{ratio['high']:.2f}",
+                _times(plain["median"]),
+                f"{_times(plain['low'])}-{_times(plain['high'])}",
+                _times(ratio["median"]),
+                f"{_times(ratio['low'])}-{_times(ratio['high'])}",
             )
         )
     return [title, *(aligned(rows) if result["rows"] else []), *_rejected(result)]
@@ -129,8 +129,8 @@ def sentence(result: Data, backend: str) -> str:
     slower = "" if ratio["median"] >= 1 else ", so it is slower here"
     return (
         f"{result['label']}: {backend} makes a step in {_digits(row['ms']['median'])} ms, "
-        f"{ratio['median']:.2f} times as fast as {clip}AdamW({BASELINE}=True) and LambdaLR "
-        f"(quartiles {ratio['low']:.2f} to {ratio['high']:.2f}){slower}."
+        f"{_times(ratio['median'])} times as fast as {clip}AdamW({BASELINE}=True) and LambdaLR "
+        f"(quartiles {_times(ratio['low'])} to {_times(ratio['high'])}){slower}."
     )
 
 
@@ -145,6 +145,15 @@ def _digits(ms: float) -> str:
     ('0.0123', '1.23', '123')
     """
     return f"{ms:.{max(0, 2 - _power(ms))}f}"
+
+
+def _times(ratio: float) -> str:
+    """Two decimals, or no more than a ratio above 100 needs.
+
+    >>> _times(1.234), _times(15340.18)
+    ('1.23', '15340')
+    """
+    return f"{ratio:.2f}" if ratio < 100 else _digits(ratio)
 
 
 def _power(value: float) -> int:
