@@ -65,8 +65,8 @@ class Result:
 def needed_bytes(inventory: Inventory, providers: int, dtype: str) -> int:
     """Memory that `run` takes at most, on the device.
 
-    Per parameter: of every provider parameter, gradient and two moments in fp32, and of 16-bit parameters what
-    one provider keeps of their fp32 values; weights and directions of the start; the oracle's four numbers in
+    Per parameter: of every provider parameter, gradient and two moments in fp32; what one provider keeps of
+    the fp32 values of 16-bit parameters; weights and directions of the start; the oracle's four numbers in
     fp64, or later its result and what the bandwidth is measured on.
     """
     width = DTYPES[dtype].itemsize
