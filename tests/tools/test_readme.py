@@ -149,8 +149,13 @@ def test_pictures_are_those_that_the_script_draws():
     pytest.importorskip("matplotlib")
     drawn = {f"{name}.svg" for name in module_at(ROOT / "docs" / "make_pictures.py").PICTURES}
     recorded = {f"recorded_{name}.png" for name in module_at(ROOT / "docs" / "make_recordings.py").EXAMPLES}
-    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == drawn | recorded
-    for name, pictures in (("schedules.md", drawn), ("watching.md", recorded)):
+    trained = {module_at(ROOT / "docs" / "make_master_weights.py").PICTURE.name}
+    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == drawn | recorded | trained
+    for name, pictures in (
+        ("schedules.md", drawn),
+        ("watching.md", recorded),
+        ("master-weights.md", trained),
+    ):
         page = (ROOT / "docs" / name).read_text()
         assert set(re.findall(r"\(pictures/([\w.]+)\)", page)) == pictures
 
