@@ -31,11 +31,11 @@ from fusedlr.backends.order import StepInputs
 from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 
 ROOT = Path(__file__).resolve().parents[1]
+# for tests of what the compiled modules alone do
+needs_kernel = pytest.mark.skipif(compiled.cpu is None, reason=str(compiled.cpu_error))
+needs_watch = pytest.mark.skipif(compiled.host is None, reason=str(compiled.host_error))
 # the C++ kernel, where it has been built, and the reference
-CPU_BACKENDS = (
-    pytest.param("cpu", marks=pytest.mark.skipif(compiled.cpu is None, reason=str(compiled.cpu_error))),
-    "reference",
-)
+CPU_BACKENDS = (pytest.param("cpu", marks=needs_kernel), "reference")
 PEAK = 0.05
 SCHEDULE = fusedlr.linear(warmup_steps=3, total_steps=12, min_lr_ratio=0.1)
 # with the ends: a scalar, and a tensor without elements

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from kit import needs_watch
 from tolerances import GPU_STEP
 from torch import Tensor
 
 from fusedlr import backends
-from fusedlr.backends import compiled, order
+from fusedlr.backends import order
 from fusedlr.backends.gpu.tables import Layout, Table
 from fusedlr.backends.order import CopyingStepper, StepInputs
 from fusedlr.columns import USED
@@ -25,8 +26,6 @@ from fusedlr.reference import Counters, GroupStep, Row, Scope, Signals, Stepper
 from gpu.steps import SCHEDULE, all_params, both, compare, count_calls, params, train
 
 CPU = torch.device("cpu")
-# without it every step has a plan of its own
-needs_watch = pytest.mark.skipif(compiled.host is None, reason=str(compiled.host_error))
 CLIPPED = Scope(max_grad_norm=0.5, skip_nonfinite=True, always=False)
 FREE = Scope(max_grad_norm=None, skip_nonfinite=False, always=False)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from kit import make, prepare_anew, scheduled, set_grads, steps
+from kit import make, needs_watch, prepare_anew, scheduled, set_grads, steps
 from snapshots import unchanged
 
 import fusedlr
@@ -82,7 +82,7 @@ def test_an_optimizer_that_trains_nothing_runs_where_nothing_is_built(monkeypatc
     optimizer.step()
 
 
-@pytest.mark.skipif(compiled.host is None, reason=str(compiled.host_error))
+@needs_watch
 def test_a_torch_that_does_not_describe_its_tensors_makes_the_same_steps():
     # a process of its own, because the watch asks torch once
     code = """

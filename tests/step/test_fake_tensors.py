@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kit import needs_watch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -87,7 +88,7 @@ def test_a_step_without_values_is_refused_in_the_words_of_others():
             optimizer.step()
 
 
-@pytest.mark.skipif(compiled.host is None, reason="the compiled watch is not built")
+@needs_watch
 def test_the_compiled_watch_is_not_asked_for_addresses_that_do_not_exist(monkeypatch):
     def refuse(*given):
         raise AssertionError("a fake tensor is watched")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit import needs_watch
 from torch import Tensor
 
 import fusedlr
-from fusedlr.backends import compiled
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -21,8 +21,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"groups": "independent"},
     {"groups": "independent", "max_grad_norm": 0.5},
 ]
-# without the compiled watch every step is prepared anew, and no norm is taken over
-watched = pytest.mark.skipif(compiled.host is None, reason="the compiled watch was not built")
 
 
 def make(count: int = 2, device: str = "cpu", **options: Any) -> Any:
@@ -111,7 +109,7 @@ def test_the_number_that_was_handed_out_stays():
     assert norm.item() == before != optimizer.metrics()["grad_norm"].item()
 
 
-@watched
+@needs_watch
 def test_the_step_takes_it_over(monkeypatch):
     optimizer = make(3, max_grad_norm=1.0)
     set_gradients(optimizer, 0)
@@ -128,7 +126,7 @@ def test_the_step_takes_it_over(monkeypatch):
     assert optimizer.metrics()["grad_norm"] > 10 * norm
 
 
-@watched
+@needs_watch
 def test_a_norm_that_cannot_be_remembered_leaves_none_to_take_over():
     optimizer = make(max_grad_norm=1.0)
     set_gradients(optimizer, 0)
@@ -156,7 +154,7 @@ class InterruptedGradient(Tensor):
         return 0
 
 
-@watched
+@needs_watch
 def test_an_interrupt_while_a_norm_is_remembered_or_taken_over_is_passed_on():
     optimizer = make(max_grad_norm=1.0)
     set_gradients(optimizer, 0)
@@ -392,7 +390,7 @@ def test_it_is_measured_where_a_step_would_only_allocate():
     assert optimizer.grad_norm() == 0
 
 
-@watched
+@needs_watch
 def test_to_ask_again_takes_no_options_anew(monkeypatch):
     optimizer = make(max_grad_norm=1.0)
     set_gradients(optimizer, 0)
@@ -446,7 +444,7 @@ def test_it_is_not_captured(monkeypatch):
         optimizer.grad_norm()
 
 
-@watched
+@needs_watch
 def test_a_captured_step_measures_for_itself(monkeypatch):
     optimizer = make(max_grad_norm=1.0)
     set_gradients(optimizer, 0)
