@@ -44,8 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available() and not _INTERPRETED:
         # before other processes start, which would each wait for the compilers
         driver.installed()
-    # that nothing faster than the reference is built here is no failure of a test
-    config.addinivalue_line("filterwarnings", "ignore::fusedlr.FallbackWarning")
     parallel.share_threads(config)
 
 

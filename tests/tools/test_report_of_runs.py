@@ -16,6 +16,8 @@ from fusedlr.recorded import Recording
 from fusedlr.report.runs import Run
 from fusedlr.report.unusual import unusual
 
+strict = pytest.mark.filterwarnings("error", "ignore::fusedlr.FallbackWarning")
+
 
 def adapters(**options: Any) -> Any:
     """Two adapters whose parameters are called alike, and a group without a scope or names of its own."""
@@ -58,7 +60,7 @@ def test_what_is_recorded_has_all_that_is_not_a_number(saved):
     assert any(name.endswith("(group 1)") for name in recording["names"])
 
 
-@pytest.mark.filterwarnings("error")
+@strict
 def test_every_form_shows_it(saved, tmp_path, capsys):
     for options in ([], ["--csv", tmp_path / "run.csv"]):
         assert cli.main(["report", str(saved), *map(str, options)]) == 0
@@ -70,7 +72,7 @@ def test_every_form_shows_it(saved, tmp_path, capsys):
         assert cli.main(["report", str(saved), str(saved), "--out", str(tmp_path / f"run.{ending}")]) == 0
 
 
-@pytest.mark.filterwarnings("error")
+@strict
 def test_words_are_of_what_happened(saved):
     said = unusual(Run("run", Recording.load(saved)))
     print(said)
@@ -81,7 +83,7 @@ def test_words_are_of_what_happened(saved):
     assert not [words for words in said if "not finite" in words or "planned" in words]
 
 
-@pytest.mark.filterwarnings("error")
+@strict
 def test_scopes_that_never_took_part_are_shown(tmp_path, capsys):
     optimizer = adapters()
     for k in range(3):
