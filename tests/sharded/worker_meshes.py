@@ -175,7 +175,7 @@ def groups_are_made_once(rank: int) -> None:
 
 def on_the_machine(processes: int, backend: str) -> None:
     """The kernels of a GPU backend, executed on this processor: see tests/ptx."""
-    assert driver.installed().missing == {}
+    assert backend in driver.installed().names
     for what in ("clipping", "independent"):
         whole = train(None, torch.float32, "reference", steps=8, **CASES[what])
         for name, spread in spreads(processes).items():

@@ -17,6 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
+from fusedlr.backends import compiled
 from sharded.processes import main
 
 
@@ -93,8 +94,8 @@ def a_step_like_the_last_makes_nothing() -> None:
         DTensor.__new__ = lambda *given, **named: made.append(1) or new(*given, **named)  # type: ignore
         ours.step()
         DTensor.__new__ = new  # type: ignore[method-assign]
-    assert ours._planner.plan is plan and made == []
-    # with a compiled watch; without one every step is prepared
+    # without the compiled watch every step is prepared anew
+    assert compiled.host is None or (ours._planner.plan is plan and made == [])
     gc.collect()
     before = len(gc.get_objects())
     for _ in range(2000):
