@@ -17,6 +17,16 @@ FOLDER = ROOT / "build" / "ptx"
 
 Command = Sequence[str | Path]
 
+COMPILER = (os.environ.get("CXX") or "g++").split()
+
+
+def why_not() -> str | None:
+    """Why the machine cannot be compiled here, or None."""
+    if not (ROOT / "csrc").is_dir():
+        # beside an installed package there is no folder to build it in
+        return "needs the tree"
+    return None if shutil.which(COMPILER[0]) else f"there is no C++ compiler {COMPILER[0]}"
+
 
 def once(name: str, sources: Iterable[Path], make: Callable[[Path], None], of: str = "") -> Path:
     """The folder that `make` has filled for these sources, and for what `of` says of compilers.
@@ -62,9 +72,8 @@ def machine() -> Path:
     flags = "-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall" + " -mfma" * fused
 
     def make(folder: Path) -> None:
-        compiler = os.environ.get("CXX") or "g++"
         names = ("machine", "parse")
-        command = [*compiler.split(), *flags.split()]
+        command = [*COMPILER, *flags.split()]
         run_all(([*command, "-c", sources / f"{name}.cpp", "-o", f"{name}.o"] for name in names), folder)
         run([*command, "-shared", *(f"{name}.o" for name in names), "-o", "libmachine.so"], folder)
 

@@ -43,10 +43,9 @@ Edit = Callable[[str, str], str]
 
 
 def why_not() -> dict[str, str | None]:
-    """By backend why its kernels cannot be compiled here, or None."""
+    """By backend why its kernels cannot be compiled here, or run on the machine, or None."""
     triton = None if importlib.util.find_spec("triton") else "Triton is not installed"
-    # beside an installed package there is no folder to build the machine in
-    missing = None if (build.ROOT / "csrc").is_dir() else "needs the tree"
+    missing = build.why_not()
     return {"cuda": missing or compiled.cuda_error or cuda_compile.why_not(), "triton": missing or triton}
 
 
