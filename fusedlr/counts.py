@@ -619,9 +619,10 @@ class UpdateCounts:
         self._places: dict[Tensor, int] = {}
 
     def has_all(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether these parameters and no others have their views, and the state holds them."""
+        """Whether `place` would change nothing."""
         return len(params) == len(self._views) and all(
-            self._has_place(p) and (state.get(p) or {}).get("step") is self._views[p] for p in params
+            self._has_place(p) and (not state.get(p) or state[p].get("step") is self._views[p])
+            for p in params
         )
 
     def place(self, params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:

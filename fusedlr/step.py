@@ -159,7 +159,7 @@ def allocate(
     kept: Kept,
 ) -> list[list[Tensor]]:
     """Per group the parameters of a step, after everything is checked and their state is complete."""
-    found = [[p for p in group["params"] if p.grad is not None or state.get(p)] for group in groups]
+    found = [_with_state(group, state) for group in groups]
     for i, (group, params) in enumerate(zip(groups, found, strict=True)):
         normed = options.scopes[options.groups[i].scope].normed
         for p in params:
@@ -177,7 +177,7 @@ def allocate(
 def is_allocated(groups: list[dict[str, Any]], state: State, updates: UpdateCounts, kept: Kept) -> bool:
     """Whether `allocate` would make nothing new."""
     return updates.has_all(list(candidates(groups, state)), state) and all(
-        _is_complete(p, state[p], group, kept) for group in groups for p in candidates([group], state)
+        _is_complete(p, state[p], group, kept) for group in groups for p in _with_state(group, state)
     )
 
 
@@ -200,6 +200,11 @@ def device_of(groups: list[dict[str, Any]], default: torch.device) -> torch.devi
 def devices_of(groups: list[dict[str, Any]]) -> Iterable[torch.device]:
     """The devices of the parameters that may be trained, each once, in their order."""
     return dict.fromkeys(p.device for p in candidates(groups, {}))
+
+
+def _with_state(group: dict[str, Any], state: State) -> list[Tensor]:
+    """The parameters that have state after a step: a gradient or some state before it."""
+    return [p for p in group["params"] if p.grad is not None or state.get(p)]
 
 
 def _is_complete(p: Tensor, entry: dict[str, Any], group: dict[str, Any], kept: Kept) -> bool:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from harness import relative_difference
+from kit import needs_watch
 from tolerances import GPU_STEP
 from torch import Tensor, nn
 
 import fusedlr
-from fusedlr.backends import order
+from fusedlr.backends import compiled, order
 from fusedlr.backends.gpu import arguments, cuda, graphs, tables, triton
 
 SCHEDULE = fusedlr.linear(warmup_steps=2, total_steps=30)
@@ -87,6 +88,13 @@ def gradients(request: pytest.FixtureRequest, gpu_backend: str, monkeypatch: pyt
         monkeypatch.setattr(cuda, "most_gradients", lambda device: 0)
 
 
+@pytest.fixture(params=(pytest.param("watched", marks=needs_watch), "unwatched"))
+def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled watch, and as where it is not built: every step is prepared anew then."""
+    if request.param == "unwatched":
+        monkeypatch.setattr(compiled, "host", None)
+
+
 def make(backend: str, sizes: tuple[int, ...] = (5, 1500), **options: Any) -> fusedlr.FusedAdamW:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
@@ -131,6 +139,7 @@ def test_a_replay_is_a_step(gpu_backend: str, capture: Any) -> None:
     assert {s["step"].item() for s in optimizer.state.values()} == {6.0}
 
 
+@pytest.mark.usefixtures("watch")
 def test_replays_are_recorded(gpu_backend: str, capture: Any) -> None:
     optimizer, graph = captured(gpu_backend, capture, record=fusedlr.Record(last=4))
     other = make("reference", record=fusedlr.Record(last=4))
@@ -168,6 +177,7 @@ def test_a_replay_follows_a_hyperparameter_after_one_step_outside(gpu_backend: s
     assert not stale(optimizer)
 
 
+@pytest.mark.usefixtures("watch")
 def test_a_replay_follows_a_cooldown_without_a_step_outside(gpu_backend: str, capture: Any) -> None:
     optimizer, graph = captured(gpu_backend, capture)
     other = make("reference")
@@ -436,6 +446,7 @@ def test_a_replay_follows_the_tensor_that_tells_which_scopes_step(gpu_backend: s
     assert kept() is not None and not stale(optimizer)
 
 
+@pytest.mark.usefixtures("watch")
 def test_a_scope_left_out_of_a_capture_needs_no_gradients(
     gpu_backend: str, capture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from fusedlr.backends.gpu.graphs import Graphs
 from fusedlr.backends.gpu.tables import Layout, Packed, pack_ring, pack_row
 from fusedlr.backends.order import CountedGradients
-from fusedlr.columns import SUMS
 from fusedlr.record import Ring
 from fusedlr.reference import Counters, GroupStep, Inputs, Row, Scope, Signals, capturing, move
 
@@ -101,7 +100,7 @@ class StepArguments:
             pairs = zip(self._rows, slots, strict=True)
             self._row_table = [x for row, slot in pairs for x in pack_row(row, slot)]
             if ring is not None:
-                self._chunk_sums = self._partials.new_empty((len(SUMS), programs))
+                self._chunk_sums = self._graphs.chunk_sums(programs)
                 self._ring_table = pack_ring(ring, self._chunk_sums, self._rows)
         self._given = [i for i, group in enumerate(groups) if group.schedule is None and group.lr is None]
         self._given_rates = []

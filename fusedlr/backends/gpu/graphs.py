@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedlr.backends.gpu.tables import Table
+from fusedlr.columns import SUMS
 from fusedlr.reference import Counters, capturing
 
 # far more than there are sets of scopes that a run steps in turns
@@ -44,6 +45,7 @@ class Graphs:
         self.chunks, self.ring = Table(device, torch.int32), Table(device, torch.int64)
         # what scopes do, as steps have needed it -> the table of it
         self._flags: dict[tuple[bool, ...], Tensor] = {}
+        self._chunk_sums = torch.empty(0)
         self.ints = Table(device, torch.int64)
         self.floats, self.rates = Table(device, torch.float32), Table(device, torch.float32)
         self.tickets = torch.zeros(2, dtype=torch.int32, device=device)
@@ -72,6 +74,16 @@ class Graphs:
                 self._flags.clear()
             self._flags[key] = table
         return self._flags[key]
+
+    def chunk_sums(self, programs: int) -> Tensor:
+        """Where a step leaves what it records of every chunk: fp32 of shape (len(SUMS), programs).
+
+        Its address is in the table `ring`. It is the same for plans of as many programs, so that a step that
+        had to be prepared anew can be captured.
+        """
+        if self._chunk_sums.shape != (len(SUMS), programs):
+            self._chunk_sums = torch.empty((len(SUMS), programs), dtype=torch.float32, device=self.device)
+        return self._chunk_sums
 
     @property
     def is_captured(self) -> bool:
