@@ -77,9 +77,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pairs += [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in backends_on("cuda")]
         metafunc.parametrize(("device", "backend"), pairs)
     if "gpu_backend" in metafunc.fixturenames:
-        here = backends_on("cpu")
+        here, missing = backends_on("cpu"), driver.why_not()
         skips = [
-            pytest.mark.skipif(name not in here, reason=f"no {name} on this CPU") for name in driver.BACKENDS
+            pytest.mark.skipif(name not in here, reason=missing[name] or f"no {name} on this CPU")
+            for name in driver.BACKENDS
         ]
         names = [pytest.param(name, marks=mark) for name, mark in zip(driver.BACKENDS, skips, strict=True)]
         metafunc.parametrize("gpu_backend", names)
