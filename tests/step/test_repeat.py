@@ -447,6 +447,7 @@ def test_autograd_is_told_of_parameters_that_are_written_alone(watched, copied, 
         assert [p._version > version for p, version in zip(params, before, strict=True)] == expected
 
 
+@needs_kernel
 @needs_watch
 @pytest.mark.parametrize("name", ("grad", *MOMENTS))
 def test_a_tensor_that_goes_during_a_step_is_kept_until_its_end(name, monkeypatch):
