@@ -144,7 +144,8 @@ def options_that_are_taken_anew_bring_nothing_from_the_host() -> None:
     # which `torch.tensor` calls
     assert "aten.lift_fresh.default" not in called.names, called.names
     # nor is it found out again which scopes have a gradient here
-    assert "aten.fill_.Scalar" not in called.names, called.names
+    # without the compiled watch the step that reduces is made anew
+    assert compiled.host is None or "aten.fill_.Scalar" not in called.names, called.names
 
 
 def a_failure_on_one_process_is_one_on_all(rank: int) -> None:
