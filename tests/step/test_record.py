@@ -13,7 +13,7 @@ from kit import make, make_params, quiet, scheduled, set_grads, spoil, step, ste
 from snapshots import params_of
 from torch import nn
 
-from fusedlr import Record, ZClip
+from fusedlr import Record, ZClip, reference
 
 SHAPES = ((40, 30), (7,), (), (5, 3))
 
@@ -446,3 +446,26 @@ def test_recording_changes_no_bit(device, backend):
             step(optimizer, k)
     for p, q in zip(*map(params_of, twins), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("at", (0, 1))
+def test_an_interrupted_step_is_recorded_of_the_groups_that_have_made_it(at, monkeypatch):
+    params = named(shapes=((4,), (3,)))
+    groups = [{"params": params[:1], "scope": "first"}, {"params": params[1:], "scope": "second"}]
+    optimizer = make(groups, record=Record(), backend="reference")
+    step(optimizer)
+    update, updated = reference.adamw_, []
+
+    def interrupted(*given):
+        if len(updated) == at:
+            raise KeyboardInterrupt
+        updated.append(update(*given))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "adamw_", interrupted)
+        step(optimizer, 1)
+    step(optimizer, 2)
+    recording = optimizer.record()
+    assert recording["step"].tolist() == [0, 1, 2]
+    assert recording["k"].tolist() == [[0, 0], [1 if at else -1, -1], [1 + at, 1]]
+    assert np.isnan(recording["tensor_update_ratio"][1]).tolist() == [not at, True]
