@@ -399,8 +399,7 @@ def _own_of_groups(groups: Groups) -> list[dict[str, Any]]:
     found = []
     for i, group in enumerate(groups):
         own = {key: group[key] for key in ("schedule", "k", "k_at_step") if key in group}
-        peak = group.get("max_lr", group.get("initial_lr"))
-        found.append(_checked_own(i, own if peak is None else {**own, "peak": peak}))
+        found.append(_checked_own(i, {**own, "peak": group.get("max_lr", group.get("initial_lr"))}))
     return found
 
 
@@ -421,7 +420,8 @@ def _checked_own(i: int, own: Any) -> dict[str, Any]:
         if own.get("peak") is not None:
             checked["peak"] = arguments.non_negative("peak", own["peak"])
         check_of_scope(own)
-        if "max_grad_norm" in own or "zclip" in own:
+        # a zclip stands beside the norm that caps it
+        if "max_grad_norm" in own:
             checked["max_grad_norm"] = from_numbers(own)
         schedule = own.get("schedule")
         if schedule is not None and not isinstance(schedule, Schedule):
@@ -437,8 +437,8 @@ def _check_norms(where: str, norms: Any) -> None:
     plain = plain and all(type(x) in (int, float) and math.isfinite(x) for x in norms)
     if plain:
         seen, mean, mean_rest, variance, variance_rest = norms
-        # a rest is less than the last digit of its number in fp32
-        plain = 0 <= seen <= arguments.MOST_STEPS and seen == int(seen) and min(mean, variance) >= 0
+        plain = 0 <= seen <= arguments.MOST_STEPS and seen == int(seen)
+        # a rest is less than the last digit of its number in fp32, which is not below 0
         plain = plain and abs(mean_rest) <= 2**-23 * mean and abs(variance_rest) <= 2**-23 * variance
     if not plain:
         raise ValueError(
