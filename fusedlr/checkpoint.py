@@ -670,8 +670,7 @@ def scheduler_disagreements(groups: Groups, state_dict: dict[str, Any], steps: l
         base = peaks[i] if isinstance(peaks, (list, tuple)) and len(peaks) == len(groups) else 0
         theirs = [float(rate) / float(x) for x in (base, group["initial_lr"]) if x > 0]
         here = schedule.lr_at(step)
-        # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
-        if theirs and not any(math.isclose(x, here, rel_tol=1e-9, abs_tol=1e-11) for x in theirs):
+        if theirs and not any(_alike(x, here) for x in theirs):
             lines.append(
                 f"group {i}: at k = {step} the checkpoint's scheduler gives {theirs[0]:.4g} of the peak, "
                 f"this optimizer's schedule {here:.4g}; this optimizer's is used"
@@ -688,13 +687,20 @@ def report(lines: list[str]) -> None:
 def _difference(written: Schedule, schedule: Schedule) -> str:
     if written.total_steps != schedule.total_steps:
         return f"the checkpoint's run has {written.total_steps} updates, this one {schedule.total_steps}"
-    k = next((k for k in _probe(written, schedule) if written.lr_at(k) != schedule.lr_at(k)), None)
+    probed = _probe(written, schedule)
+    k = next((k for k in probed if not _alike(written.lr_at(k), schedule.lr_at(k))), None)
     if k is None:
         return "the checkpoint's schedule is spelled differently"
     return (
         f"at k = {k} the checkpoint's schedule gives {written.lr_at(k):.4g} of the peak, "
         f"this one {schedule.lr_at(k):.4g}"
     )
+
+
+def _alike(a: float, b: float) -> bool:
+    """Whether two shares of a peak are of one schedule."""
+    # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-11)
 
 
 def _probe(*schedules: Schedule) -> list[int]:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 import fusedlr
 from fusedlr.backends import compiled, cpu
+from fusedlr.backends.order import StepInputs
 from fusedlr.kept import Kept
-from fusedlr.reference import Counters, Signals
+from fusedlr.reference import Counters, ReferenceStepper, Signals
 
 if cpu.why_not([torch.device("cpu")]):
     pytest.skip(str(cpu.why_not([torch.device("cpu")])), allow_module_level=True)
@@ -346,6 +347,12 @@ def test_autograd_is_told_of_every_parameter_that_is_written():
 def test_auto_picks_the_kernel():
     optimizer = fusedlr.FusedAdamW([torch.nn.Parameter(torch.ones(3))])
     assert optimizer.backend == "cpu"
+
+
+def test_counters_on_another_device_are_not_written_through_their_address():
+    # of a model that was trained on a GPU, and whose groups have been taken out
+    counters = Counters.zeros(1, torch.device("meta"))
+    assert isinstance(cpu.prepare([], counters, StepInputs([], [0.1])), ReferenceStepper)
 
 
 def test_other_devices_are_refused_with_the_reason():
