@@ -349,6 +349,22 @@ def test_auto_picks_the_kernel():
     assert optimizer.backend == "cpu"
 
 
+@pytest.mark.parametrize("what", ("a parameter of 8 bits", "moments of two dtypes"))
+def test_what_there_is_no_loop_for_is_the_references(what):
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        dtype = torch.float32 if what == "moments of two dtypes" else torch.float8_e5m2
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]).to(dtype))
+        p.grad = torch.ones(3).to(dtype)
+        optimizers.append(fusedlr.FusedAdamW([p], lr=0.25, backend=backend))
+        optimizers[-1].step()
+        if dtype == torch.float32:
+            optimizers[-1].state[p]["exp_avg_sq"] = optimizers[-1].state[p]["exp_avg_sq"].double()
+        optimizers[-1].step()
+    ours, expected = (optimizer.param_groups[0]["params"][0] for optimizer in optimizers)
+    assert torch.equal(ours.float(), expected.float()) and ours[0] < 1
+
+
 def test_counters_on_another_device_are_not_written_through_their_address():
     # of a model that was trained on a GPU, and whose groups have been taken out
     counters = Counters.zeros(1, torch.device("meta"))
