@@ -399,8 +399,7 @@ def _own_of_groups(groups: Groups) -> list[dict[str, Any]]:
     found = []
     for i, group in enumerate(groups):
         own = {key: group[key] for key in ("schedule", "k", "k_at_step") if key in group}
-        peak = group.get("max_lr", group.get("initial_lr"))
-        found.append(_checked_own(i, own if peak is None else {**own, "peak": peak}))
+        found.append(_checked_own(i, {**own, "peak": group.get("max_lr", group.get("initial_lr"))}))
     return found
 
 
@@ -421,7 +420,8 @@ def _checked_own(i: int, own: Any) -> dict[str, Any]:
         if own.get("peak") is not None:
             checked["peak"] = arguments.non_negative("peak", own["peak"])
         check_of_scope(own)
-        if "max_grad_norm" in own or "zclip" in own:
+        # a zclip stands beside the norm that caps it
+        if "max_grad_norm" in own:
             checked["max_grad_norm"] = from_numbers(own)
         schedule = own.get("schedule")
         if schedule is not None and not isinstance(schedule, Schedule):
@@ -437,8 +437,8 @@ def _check_norms(where: str, norms: Any) -> None:
     plain = plain and all(type(x) in (int, float) and math.isfinite(x) for x in norms)
     if plain:
         seen, mean, mean_rest, variance, variance_rest = norms
-        # a rest is less than the last digit of its number in fp32
-        plain = 0 <= seen <= arguments.MOST_STEPS and seen == int(seen) and min(mean, variance) >= 0
+        plain = 0 <= seen <= arguments.MOST_STEPS and seen == int(seen)
+        # a rest is less than the last digit of its number in fp32, which is not below 0
         plain = plain and abs(mean_rest) <= 2**-23 * mean and abs(variance_rest) <= 2**-23 * variance
     if not plain:
         raise ValueError(
@@ -670,8 +670,7 @@ def scheduler_disagreements(groups: Groups, state_dict: dict[str, Any], steps: l
         base = peaks[i] if isinstance(peaks, (list, tuple)) and len(peaks) == len(groups) else 0
         theirs = [float(rate) / float(x) for x in (base, group["initial_lr"]) if x > 0]
         here = schedule.lr_at(step)
-        # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
-        if theirs and not any(math.isclose(x, here, rel_tol=1e-9, abs_tol=1e-11) for x in theirs):
+        if theirs and not any(_alike(x, here) for x in theirs):
             lines.append(
                 f"group {i}: at k = {step} the checkpoint's scheduler gives {theirs[0]:.4g} of the peak, "
                 f"this optimizer's schedule {here:.4g}; this optimizer's is used"
@@ -688,13 +687,20 @@ def report(lines: list[str]) -> None:
 def _difference(written: Schedule, schedule: Schedule) -> str:
     if written.total_steps != schedule.total_steps:
         return f"the checkpoint's run has {written.total_steps} updates, this one {schedule.total_steps}"
-    k = next((k for k in _probe(written, schedule) if written.lr_at(k) != schedule.lr_at(k)), None)
+    probed = _probe(written, schedule)
+    k = next((k for k in probed if not _alike(written.lr_at(k), schedule.lr_at(k))), None)
     if k is None:
         return "the checkpoint's schedule is spelled differently"
     return (
         f"at k = {k} the checkpoint's schedule gives {written.lr_at(k):.4g} of the peak, "
         f"this one {schedule.lr_at(k):.4g}"
     )
+
+
+def _alike(a: float, b: float) -> bool:
+    """Whether two shares of a peak are of one schedule."""
+    # two spellings of a schedule differ by 1e-12 of the peak, a run one update longer by 1 in its length
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-11)
 
 
 def _probe(*schedules: Schedule) -> list[int]:

@@ -23,18 +23,22 @@ def constructor_arguments(optim_args: str | None) -> dict[str, Any]:
     and `zclip_action`; `false` is as if the name were not there.
 
     Raises:
-        ValueError: a value is none that the name can have, or a name is not known; names both.
+        ValueError: a value is none that the name can have, or a name is not known or given twice; names both.
 
     >>> constructor_arguments("record=64, zclip=3, zclip_action=skip")["record"]
     Record(last=64, tensors=True)
     """
-    options = (option.partition("=") for option in (optim_args or "").replace(" ", "").split(","))
-    asked = {name: value for name, _, value in options if name.startswith(_OURS)}
+    options = [option.partition("=") for option in (optim_args or "").replace(" ", "").split(",")]
+    names = [name for name, _, _ in options if name.startswith(_OURS)]
+    asked = {name: value for name, _, value in options if name in names}
     known = {*_OURS, "record_tensors", *(f"zclip_{name}" for name in _ZCLIP)}
     found: dict[str, Any] = {}
     try:
         for name in asked.keys() - known:
             raise ValueError(f"{name} is none of {', '.join(sorted(known))}")
+        for name in asked:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is given twice")
         if "master_weights" in asked:
             found["master_weights"] = _truth("master_weights", asked)
         if _is_on("record", asked):

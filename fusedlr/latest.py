@@ -42,14 +42,14 @@ class Latest:
                 if change == 0:
                     # also in a skipped step, of which nothing else is known
                     found.setdefault(kind, []).append(0.0)
-                # a matrix that starts at 0 moves infinitely much of itself
-                elif 0 < change < math.inf and before > 0:
+                # a matrix that starts at 0 moves infinitely much of itself; -1 is of one without a gradient
+                elif change < math.inf and before > 0:
                     found.setdefault(kind, []).append(math.sqrt(change / before))
         return {kind: median(found[kind]) for kind in sorted(found)}
 
     def _refresh(self, ring: Ring) -> None:
         device = ring.steps.device
-        if is_fake(ring.steps) or not ring.params:
+        if is_fake(ring.steps) or not ring.record.tensors:
             return
         if device.type == "cpu":
             self._params, self._sums = ring.params, _row(ring)[0].tolist()

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusedlr.groups import ScopeKey
 from fusedlr.optimizer import FusedAdamW
 from fusedlr.warn import warn
 
@@ -23,7 +24,8 @@ def scalars(optimizer: FusedAdamW) -> dict[str, float]:
     Returns:
         `grad_norm`, where one was needed; `skipped_steps`, once a step has been skipped; and of an optimizer
         with `record=Record(tensors=True)` `update_ratio/lora_A` and so on, as `last_update_ratios` has them.
-        Where there are several scopes, `grad_norm/first` and `skipped_steps/first` of each.
+        Where there are several scopes, `grad_norm/first` and `skipped_steps/first` of each; that of groups
+        without a scope is `unnamed`, or `unnamed_` where a scope is called so.
 
     >>> import torch, fusedlr
     >>> p = torch.nn.Parameter(torch.full((2, 2), 2.0))
@@ -50,8 +52,19 @@ def _by_scope(used: dict[str, Any], key: str) -> list[tuple[str, Any]]:
     """What a scope is called in a logger, empty where it is the only one, and its value."""
     if not isinstance(used[key], list):
         return [("", used[key])]
-    names = ["unnamed" if scope is None else str(scope) for scope in used["scopes"]]
-    return list(zip(names, used[key], strict=True))
+    given = {scope for scope in used["scopes"] if isinstance(scope, str)}
+    return [(_called(scope, given), value) for scope, value in zip(used["scopes"], used[key], strict=True)]
+
+
+def _called(scope: ScopeKey, given: set[str]) -> str:
+    """What one scope is called: by its name, or else not as one of those whose names were `given`."""
+    if isinstance(scope, str):
+        return scope
+    name = "unnamed" if scope is None else str(scope)
+    while name in given:
+        # loggers replace most other characters
+        name += "_"
+    return name
 
 
 class Nonfinite:

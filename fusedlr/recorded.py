@@ -185,8 +185,9 @@ class Recording(Mapping[str, Any]):
                 raise ValueError(f"groups[{i}]={arguments.shown(group)} is not a RecordedGroup")
             if group.scope not in known:
                 raise ValueError(f"groups[{i}] is in scope {group.scope!r}, and scopes={scopes}")
-        if not self["groups"] or not scopes:
-            raise ValueError("groups and scopes need at least one of each")
+        # and each of these is in a scope
+        if not self["groups"]:
+            raise ValueError("groups needs at least one")
 
     def _check_shape(self, name: str, axis: str | None) -> None:
         shape = self._values[name].shape

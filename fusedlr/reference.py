@@ -414,9 +414,27 @@ def update_(
             for scopes that decide by their own norm. And which scopes may make the step.
         rates: per group the rate of a group without a schedule whose rate is a number.
     """
+    recorded = None if counters.ring is None else RecordedStep(counters.ring)
+    try:
+        _update_scopes_(rows, groups, scopes, counters, signals, rates, recorded)
+    finally:
+        # the groups that were updated before an interrupt have counted the step
+        if recorded is not None:
+            recorded.store()
+
+
+def _update_scopes_(
+    rows: Sequence[Row],
+    groups: Sequence[GroupStep],
+    scopes: Sequence[Scope],
+    counters: Counters,
+    signals: Signals,
+    rates: Sequence[float],
+    recorded: RecordedStep | None,
+) -> None:
+    """What `update_` does, but for storing what it has `recorded`."""
     xp = counters.math
     here = active_scopes(rows, groups, scopes, signals)
-    recorded = None if counters.ring is None else RecordedStep(counters.ring)
     for s, scope in enumerate(scopes):
         active = active_on_device(s, scope, signals, xp)
         if not (here[s] if signals.stepped is None else signals.allow(s)):
@@ -478,8 +496,6 @@ def update_(
             counters.k[i] += made
             counters.skipped[i] += skipped
             counters.skips_in_row[i] = in_row
-    if recorded is not None:
-        recorded.store()
 
 
 def note_nonfinite(rows: Sequence[Row], group: int, skipped: Tensor, counters: Counters) -> None:

@@ -64,13 +64,14 @@ class Layout:
         if not meshes:
             return None if distinct is None else Layout(None, None, distinct)
         sets = {mesh: frozenset(mesh.mesh.flatten().tolist()) for mesh in meshes.values()}
-        covering = max(sets.values(), key=len)
+        largest = max(sets, key=lambda mesh: len(sets[mesh]))
+        covering = sets[largest]
         for mesh, ranks in sets.items():
             if not ranks <= covering:
-                other = next(x for x, found in sets.items() if found == covering)
                 raise RuntimeError(
-                    f"the parameters of this optimizer are on {mesh} and on {other}, whose processes overlap "
-                    "without one covering the other: a norm over both is not defined. Use two optimizers"
+                    f"the parameters of this optimizer are on {mesh} and on {largest}, whose processes "
+                    "overlap without one covering the other: a norm over both is not defined. Use two "
+                    "optimizers"
                 )
         if len(covering) == 1:
             # all of it is here

@@ -174,13 +174,9 @@ def _address(x: Tensor | None) -> int:
 
 
 def _runs(row: Row) -> bool:
-    """Whether there is a loop for these dtypes, and memory for it to read: some subclasses have none."""
-    grad, (dtype, *others) = row.grad, [x.dtype for name, x in row.state.items() if name in MOMENTS]
-    return (
-        row.param.dtype in TYPES
-        and dtype in (torch.float64, torch.float32, row.param.dtype)
-        and all(other == dtype for other in others)
-        and (grad is None or grad.dtype == row.param.dtype)
-        and row.step.dtype == torch.float32
-        and has_memory(row)
-    )
+    """Whether there is a loop for these dtypes, and memory for it to read: some subclasses have none.
+
+    A moment has the parameter's dtype or is fp32 or fp64, a gradient has the parameter's: step.py sees to it.
+    """
+    moments = {x.dtype for name, x in row.state.items() if name in MOMENTS}
+    return row.param.dtype in TYPES and len(moments) == 1 and has_memory(row)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fusedlr
-from sharded.processes import main
+from sharded.processes import free_port, main
 
 STEPS = 50
 # steps whose collectives are counted, some of which are skipped
@@ -163,7 +163,10 @@ def groups_are_made_once(rank: int) -> None:
     new_group = distributed.new_group
     distributed.new_group = lambda *given, **named: made.append(given) or new_group(*given, **named)
     try:
-        for mesh, count in ((world, 0), (flat, 0), (square, 1), (square, 1)):
+        for mesh, count in ((world, 0), (flat, 0), (square, 1), (square, 1), (None, 2)):
+            if mesh is None:
+                another_world(rank)
+                mesh = [DeviceMesh("cpu", [half]) for half in halves][rank // 2]
             p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate(), Shard(0)][-mesh.ndim :]))
             p.grad = torch.ones_like(p)
             optimizer = fusedlr.FusedAdamW([p], **OPTIONS)
@@ -171,6 +174,32 @@ def groups_are_made_once(rank: int) -> None:
             assert optimizer.metrics()["grad_norm"] == 2 and len(made) == count, (mesh, made)
     finally:
         distributed.new_group = new_group
+
+
+def another_world(rank: int) -> None:
+    """Begin anew with the same processes, in which no group of before is of use."""
+    processes, port = distributed.get_world_size(), [free_port()]
+    distributed.broadcast_object_list(port)
+    distributed.destroy_process_group()
+    address = f"tcp://127.0.0.1:{port[0]}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+
+
+def the_group_is_that_of_the_largest_mesh(rank: int) -> None:
+    """A smaller mesh that is named first has a group of its own, over which no norm is whole."""
+    halves = ((0, 1), (2, 3))
+    half = halves[rank // 2]
+    small = [DeviceMesh("cpu", [first]) for first, _ in halves][rank // 2]
+    large = [DeviceMesh("cpu", [ranks]) for ranks in halves][rank // 2]
+    params = []
+    for mesh in (small, large):
+        at = [Replicate(), Shard(0)][-mesh.ndim :]
+        p = nn.Parameter(distribute_tensor(torch.ones(8), mesh, at, src_data_rank=None))
+        p.grad = distribute_tensor(torch.ones(8), mesh, at, src_data_rank=None)
+        params.append(p)
+    optimizer = fusedlr.FusedAdamW(params, **OPTIONS)
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"] == 4, half
 
 
 def on_the_machine(processes: int, backend: str) -> None:
@@ -193,6 +222,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
         return
     if processes == 4:
         groups_are_made_once(rank)
+        the_group_is_that_of_the_largest_mesh(rank)
     for what, options in CASES.items():
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
             if dtype == torch.float32 and what != "clipping":

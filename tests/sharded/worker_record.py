@@ -76,7 +76,7 @@ def parts_of_a_model_are_listed_together(rank: int, processes: int) -> None:
     torch.manual_seed(rank)
     module = nn.Sequential(nn.Linear(7, 3))
     # what has no name is called alike on every process
-    named = [(f"stage{rank}.{name}", p) for name, p in module.named_parameters()] if rank else None
+    named = [(f"stage{rank}.{name}", p) for name, p in module.named_parameters()] if rank == 1 else None
     options = {"lr": 0.01, "max_grad_norm": 1.0, "record": Record()}
     optimizer = fusedlr.FusedAdamW(
         named or module.parameters(), process_group=distributed.group.WORLD, **options
@@ -86,7 +86,16 @@ def parts_of_a_model_are_listed_together(rank: int, processes: int) -> None:
     assert recording["names"][:2] == ("parameter 0 of group 0", "parameter 1 of group 0")
     assert recording["names"][2:4] == ("stage1.0.weight", "stage1.0.bias")
     assert len(recording["names"]) == 2 * processes
+    for part in range(2, processes):
+        assert f"parameter 0 of group 0 (part {part})" in recording["names"]
     assert not np.isnan(recording["tensor_grad_norm"]).any()
+
+
+def without_tensors_there_is_nothing_to_add(rank: int, processes: int) -> None:
+    module = fully_shard(model())
+    optimizer = optimizer_of(module, record=Record(tensors=False))
+    train(module, optimizer, range(2))
+    assert optimizer.record()["names"] == () and optimizer.record()["step"].tolist() == [0, 1]
 
 
 def who_holds_the_tensor_names_it(rank: int, processes: int) -> None:
@@ -131,6 +140,7 @@ def files_have_a_process_own_part(rank: int, processes: int) -> None:
 def work(rank: int, processes: int, arguments: list[str]) -> None:
     shards_are_added(rank, processes)
     parts_of_a_model_are_listed_together(rank, processes)
+    without_tensors_there_is_nothing_to_add(rank, processes)
     who_holds_the_tensor_names_it(rank, processes)
     files_have_a_process_own_part(rank, processes)
     if processes > 2:

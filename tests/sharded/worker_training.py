@@ -195,6 +195,18 @@ def a_failure_where_nothing_is_agreed_on_holds_up_nobody(rank: int) -> None:
         ours.step()
 
 
+def a_step_that_only_allocates_is_one_on_all(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for here, updates in ((0.0, 0), (float(rank == 1), 1)):
+        p = nn.Parameter(distribute_tensor(torch.ones(6), mesh, [Shard(0)]))
+        ours = fusedlr.FusedAdamW([p], lr=0.1, schedule=fusedlr.constant())
+        p.grad = distribute_tensor(torch.full((6,), here), mesh, [Shard(0)], src_data_rank=None)
+        # as a tool does that wants the state to be there: a gradient on one process is one on all
+        ours.param_groups[0]["lr"] = 0.0
+        ours.step()
+        assert ours.last_metrics()["step"] == [updates] and int(ours.state[p]["step"]) == updates
+
+
 def refused(call: Any, words: str) -> None:
     try:
         call()
@@ -310,6 +322,7 @@ def work(rank: int, processes: int, arguments: list[str]) -> None:
     options_that_are_taken_anew_bring_nothing_from_the_host()
     a_failure_on_one_process_is_one_on_all(rank)
     a_failure_where_nothing_is_agreed_on_holds_up_nobody(rank)
+    a_step_that_only_allocates_is_one_on_all(rank)
     gradients_that_are_spread_otherwise_are_refused()
     meshes_of_which_none_covers_the_other_are_refused()
     a_mesh_of_one_process_concerns_no_other(rank)

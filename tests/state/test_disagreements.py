@@ -40,6 +40,11 @@ def other_total(schedule: fusedlr.Schedule | None = SCHEDULE, **options: Any) ->
             {},
             "the checkpoint's schedule gives .* of the peak, this one",
         ),
+        (
+            {"schedule": fusedlr.cosine(0, 12, min_lr_ratio=1.0)},
+            {"schedule": fusedlr.linear(0, 12, min_lr_ratio=1.0)},
+            "group 0: the checkpoint's schedule is spelled differently; this optimizer's schedule is used",
+        ),
         ({}, {"schedule": None}, "group 0: the checkpoint was made with a schedule, this optimizer has none"),
     ],
 )

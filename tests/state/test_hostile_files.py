@@ -133,6 +133,8 @@ NOT_MOMENTS = (
     torch.zeros(3),
     torch.zeros(0),
     torch.zeros(2, dtype=torch.int64),
+    # what the rest of a bf16 parameter's fp32 value is kept in
+    torch.zeros(2, dtype=torch.int16),
     torch.zeros(2, dtype=torch.bool),
     torch.zeros(2, dtype=torch.complex64),
     torch.zeros(2, dtype=torch.float8_e4m3fn),
@@ -251,6 +253,7 @@ def _of_ours(file: Any) -> Iterator[Kind]:
     yield from kinds(file, OWN, (None, 5, "text", [1]), "group 1")
     yield from _of_group(file, OWN, "peak")
     yield from kinds(file, (*OWN, "skipped"), NOT_COUNTS, r"group 1 .*\bskipped\b")
+    yield from kinds(file, (*OWN, "nonfinite"), ("maybe", 5, True, []), r"group 1 .*\bnonfinite\b")
 
 
 def _of_group(file: Any, path: tuple[Any, ...], peak: str) -> Iterator[Kind]:
@@ -276,6 +279,8 @@ def _of_schedulers() -> Iterator[Kind]:
     yield from kinds(file, ("k", 1), NOT_COUNTS)
     far = {**of_scheduler(), "last_epoch": 2**62, "k": [2**62, 2**62]}
     yield from kinds(file, (), (far,), "last_epoch=4611686018427387904")
+    # the file of one scope may be of any other
+    yield from kinds(file, (*OWN, "scope"), ("", 5, True, ["a"]), r"group 1 .*\bscope\b")
     yield from kinds(file, ("k_at_epoch",), (GONE, *NOT_COUNTS, 2**40), "k_at_epoch|last_epoch")
 
 

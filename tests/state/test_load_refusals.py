@@ -44,6 +44,10 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda state: state["param_groups"][1].update(k="three"),
         "group 1 of the loaded state dict has k='three', expected an integer",
     ),
+    "ids of nothing": (
+        lambda state: state.update(state={f"p{i}": entry for i, entry in state["state"].items()}),
+        r"params=\[\[0, 1\], \[2, 3\]\] of the loaded state dict name none of the entries of its state",
+    ),
     "no step": (lambda state: state["state"][LAST].pop("step"), f"{LOADED} state has no step"),
     "no moments": (
         lambda state: [state["state"][LAST].pop(key) for key in ("exp_avg", "exp_avg_sq")],

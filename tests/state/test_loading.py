@@ -26,9 +26,11 @@ from kit import (
 )
 from snapshots import bits, params_of, snapshot, unchanged
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
+from fusedlr import checkpoint
 
 
 def storages(entries):
@@ -134,6 +136,28 @@ def test_a_group_without_parameters_loads_entries_of_none():
     state["state"]["note"] = {"a": 1}
     optimizer.load_state_dict(state)
     assert optimizer.state["note"] == {"a": 1}
+
+
+def test_an_entry_without_anything_begins_anew():
+    source = make()
+    steps(source, 0, 3)
+    state = source.state_dict()
+    # asking torch's `state` for a tensor makes one
+    state["state"][0] = {}
+    optimizer = make()
+    steps(optimizer, 0, 2)
+    optimizer.load_state_dict(state)
+    assert optimizer.state[params_of(optimizer)[0]] == {}
+    step(optimizer, 3)
+    assert [int(optimizer.state[p]["step"]) for p in params_of(optimizer)] == [1, 4, 4, 4]
+
+
+def test_on_a_gpu_the_file_has_stock_adamw_keep_its_counts_there():
+    with FakeTensorMode():
+        here, there = (nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "cuda"))
+        saved = {"param_groups": [{}, {}]}
+        checkpoint.complete(saved, [{"params": [here]}, {"params": [here, there]}], {})
+    assert [group.get("fused") for group in saved["param_groups"]] == [None, True]
 
 
 def test_live_tensors_may_come_back_for_other_parameters():

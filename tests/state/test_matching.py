@@ -467,6 +467,19 @@ def test_files_of_the_first_format_load_bit_for_bit():
     assert set(optimizer.state_dict()["param_groups"][0]) == set(make_stock().state_dict()["param_groups"][0])
 
 
+def test_a_schedule_of_the_first_format_is_no_schedule_of_an_optimizer_without_one():
+    source = scheduled()
+    steps(source, 0, 4)
+    old = through_a_file(source.state_dict())
+    own = old.pop("fusedlr")["groups"][0]
+    old["param_groups"][0].update({key: own[key] for key in ("schedule", "k", "k_at_step")})
+    optimizer = make()
+    with pytest.warns(UserWarning, match="was made with a schedule, this optimizer has none"):
+        optimizer.load_state_dict(old)
+    assert optimizer.param_groups[0].get("schedule") is None
+    step(optimizer, 4)
+
+
 @pytest.mark.parametrize("scheduler_first", [False, True])
 def test_what_a_tool_drops_from_the_file_comes_with_the_schedulers_state(scheduler_first):
     source = two_groups(max_grad_norm=1.0)

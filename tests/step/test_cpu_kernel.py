@@ -21,8 +21,9 @@ from torch import Tensor
 
 import fusedlr
 from fusedlr.backends import compiled, cpu
+from fusedlr.backends.order import StepInputs
 from fusedlr.kept import Kept
-from fusedlr.reference import Counters, Signals
+from fusedlr.reference import Counters, ReferenceStepper, Signals
 
 if cpu.why_not([torch.device("cpu")]):
     pytest.skip(str(cpu.why_not([torch.device("cpu")])), allow_module_level=True)
@@ -346,6 +347,28 @@ def test_autograd_is_told_of_every_parameter_that_is_written():
 def test_auto_picks_the_kernel():
     optimizer = fusedlr.FusedAdamW([torch.nn.Parameter(torch.ones(3))])
     assert optimizer.backend == "cpu"
+
+
+@pytest.mark.parametrize("what", ("a parameter of 8 bits", "moments of two dtypes"))
+def test_what_there_is_no_loop_for_is_the_references(what):
+    optimizers = []
+    for backend in ("cpu", "reference"):
+        dtype = torch.float32 if what == "moments of two dtypes" else torch.float8_e5m2
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]).to(dtype))
+        p.grad = torch.ones(3).to(dtype)
+        optimizers.append(fusedlr.FusedAdamW([p], lr=0.25, backend=backend))
+        optimizers[-1].step()
+        if dtype == torch.float32:
+            optimizers[-1].state[p]["exp_avg_sq"] = optimizers[-1].state[p]["exp_avg_sq"].double()
+        optimizers[-1].step()
+    ours, expected = (optimizer.param_groups[0]["params"][0] for optimizer in optimizers)
+    assert torch.equal(ours.float(), expected.float()) and ours[0] < 1
+
+
+def test_counters_on_another_device_are_not_written_through_their_address():
+    # of a model that was trained on a GPU, and whose groups have been taken out
+    counters = Counters.zeros(1, torch.device("meta"))
+    assert isinstance(cpu.prepare([], counters, StepInputs([], [0.1])), ReferenceStepper)
 
 
 def test_other_devices_are_refused_with_the_reason():

@@ -15,6 +15,7 @@ OPTIONS = {
     "plain": {},
     "schedule and clipping": {"schedule": fusedlr.cosine(2, 20), "max_grad_norm": 1.0},
     "table": {"schedule": fusedlr.table([1.0, 0.5, 0.25])},
+    "record": {"record": fusedlr.Record(last=2)},
     "independent": {"groups": "independent", "max_grad_norm": 1.0, "amsgrad": True},
 }
 

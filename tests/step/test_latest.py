@@ -1,13 +1,18 @@
 """`last_update_ratios`: a few numbers of the last step, as the recording has them, for whoever logs them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from kit import make, set_grads, spoil, step, steps
+from snapshots import params_of
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from fusedlr import Record
 from fusedlr import latest as latest_module
+from fusedlr.record import Ring
 
 LORA = [f"model.layers.{i}.q_proj.lora_{matrix}.{{}}.weight" for matrix in "AB" for i in range(3)]
 
@@ -61,11 +66,28 @@ def test_a_skipped_step_moved_nothing_and_what_has_no_gradient_is_left_out():
     assert list(optimizer.last_update_ratios()) == ["lora_B"]
 
 
+@pytest.mark.parametrize(("name", "value"), (("grad", math.nan), ("lr", 1e39)))
+def test_what_has_become_nan_or_inf_is_left_out(name, value):
+    head = nn.Parameter(torch.ones(2, 5))
+    optimizer = make([*lora(), ("model.head.weight", head)], record=Record())
+    set_grads(optimizer)
+    if name == "grad":
+        head.grad.fill_(value)
+    else:
+        optimizer.param_groups[0]["lr"] = value
+        for p in params_of(optimizer)[:-1]:
+            p.grad = None
+    optimizer.step()
+    assert not head.isfinite().all()
+    assert list(optimizer.last_update_ratios()) == (["lora_A"] if name == "grad" else [])
+
+
 def test_several_adapters_are_told_apart():
-    optimizer = make(lora(("first", "second")), record=Record())
+    norm = ("model.norm.weight", nn.Parameter(torch.ones(5)))
+    optimizer = make([*lora(("first", "second")), norm], record=Record())
     steps(optimizer, 0, 2)
     kinds = {f"lora_{matrix}/{adapter}" for matrix in "AB" for adapter in ("first", "second")}
-    assert set(optimizer.last_update_ratios()) == kinds
+    assert set(optimizer.last_update_ratios()) == {*kinds, "vectors"}
 
 
 @pytest.mark.parametrize("record", [None, Record(tensors=False)])
@@ -73,6 +95,35 @@ def test_without_tensors_there_are_none(record):
     optimizer = make(lora(), record=record)
     step(optimizer, 0)
     assert optimizer.last_update_ratios() == {} and optimizer.recorded == record
+
+
+def test_where_tensors_have_no_values_there_are_none():
+    with FakeTensorMode():
+        optimizer = make([("w", nn.Parameter(torch.ones(3)))], record=Record())
+        step(optimizer)
+        assert optimizer.last_update_ratios() == {}
+
+
+def test_what_was_before_a_file_of_no_tensors_is_not_shown():
+    optimizer = make(lora(), record=Record())
+    step(optimizer)
+    assert optimizer.last_update_ratios()
+    state = optimizer.state_dict()
+    record = state["fusedlr"]["record"]
+    record.update(params=[], sums=record["sums"][:, :, :0])
+    optimizer.load_state_dict(state)
+    assert optimizer.last_update_ratios() == {}
+
+
+@pytest.mark.parametrize(("captured", "tensors"), ((False, True), (True, True), (False, False)))
+def test_no_copy_is_started_without_tensors_or_while_a_graph_is_captured(captured, tensors, monkeypatch):
+    started = []
+    monkeypatch.setattr(latest_module, "Arrival", started.append)
+    monkeypatch.setattr(latest_module, "capturing", lambda device: captured)
+    # a device that is not the CPU
+    ring = Ring.empty(Record(tensors=tensors), 1, torch.device("meta"), torch.float32)
+    assert latest_module.Latest().ratios(ring, []) == {}
+    assert len(started) == (tensors and not captured)
 
 
 def test_from_a_gpu_the_last_copy_that_has_arrived_is_shown_and_nothing_waits(monkeypatch):

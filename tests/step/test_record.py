@@ -13,7 +13,7 @@ from kit import make, make_params, quiet, scheduled, set_grads, spoil, step, ste
 from snapshots import params_of
 from torch import nn
 
-from fusedlr import Record, ZClip
+from fusedlr import Record, ZClip, reference
 
 SHAPES = ((40, 30), (7,), (), (5, 3))
 
@@ -372,32 +372,79 @@ def test_a_scope_is_recorded_whichever_of_its_groups_is_the_first():
     assert not np.isnan(after["grad_norm"]).any() and after["k"][:, 0].tolist() == [-1, -1, -1, 0]
 
 
+def counted(*numbers):
+    """What a file of one group has of steps with these numbers."""
+    return torch.tensor([[number, 0] for number in numbers])
+
+
+USED = torch.zeros((5, 5, 1), dtype=torch.float64)
+with quiet():
+    # torch calls them a prototype
+    NESTED = torch.nested.nested_tensor([*USED])
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"ints": torch.zeros((1, 2), dtype=torch.int64, device="meta")},
-        {"ints": torch.zeros((1, 1), dtype=torch.int64).expand(2**42, 2)},
-        {"ints": torch.tensor([[0, 0], [2**63 - 1, 0], [-(2**63), 0], [-1, 0], [4, 0]])},
-        {"ints": torch.tensor([[0.0, 0.0]] * 5)},
-        {"steps": 2**52},
-        {"steps": -1},
-        {"params": [0, 0, 1, 2]},
-        {"params": [7]},
-        {"params": None},
-        {"process": "here"},
-        {"used": None},
+        (5, "record=5 of the loaded state dict is not a dict"),
+        ({"steps": 2**52}, "steps of the loaded record=4503599627370496"),
+        ({"steps": -1}, "steps of the loaded record=-1"),
+        ({"process": "here"}, "process='here' of"),
+        ({"process": 5}, "process=5 of"),
+        ({"process": [0, "a"]}, r"process=\[0, 'a'\] of"),
+        ({"params": None}, "params=None of"),
+        ({"params": [0, 0, 1, 2]}, r"params=\[0, 0, 1, 2\] of .* name no parameters"),
+        ({"params": [0, 1, 2, 4]}, "name no parameters"),
+        ({"params": [0, 1, 2, -1]}, "name no parameters"),
+        ({"params": [0, 1, 2, 3.0]}, "name no parameters"),
+        ({"ints": None}, "ints of the loaded record is no torch.int64 tensor"),
+        ({"ints": torch.tensor(0)}, "ints of the loaded record is no torch.int64 tensor"),
+        ({"ints": counted(0, 1, 2, 3, 4).to("meta")}, "ints of the loaded record is no torch.int64 tensor"),
+        ({"ints": counted(0, 1, 2, 3, 4).double()}, "ints of the loaded record is no torch.int64 tensor"),
+        ({"ints": counted(0).expand(2**42, 2)}, "ints of the loaded record has 4398046511104 rows"),
+        ({"ints": counted(0, 2**63 - 1, -(2**63), -1, 4)}, "do not count up to steps=5"),
+        ({"ints": counted(-1, 0, 1, 2, 3)}, "do not count up to steps=5"),
+        ({"ints": counted(0, 1, 2, 3, 5)}, "do not count up to steps=5"),
+        ({"used": None}, r"used of the loaded record is no torch.float64 tensor of shape \(5, 5, 1\)"),
+        ({"used": USED[:4]}, "used of the loaded record is no"),
+        ({"used": USED.float()}, "used of the loaded record is no"),
+        ({"used": USED.to_sparse()}, "used of the loaded record is no"),
+        ({"used": NESTED}, "used of the loaded record is no"),
     ],
-    ids=repr,
 )
-def test_a_file_that_is_damaged_is_refused(change):
+def test_a_file_that_is_damaged_is_refused(change, message):
     optimizer = make(named(), record=Record())
     steps(optimizer, 0, 5)
     state = optimizer.state_dict()
-    state["fusedlr"]["record"].update(change)
+    if isinstance(change, dict):
+        state["fusedlr"]["record"].update(change)
+    else:
+        state["fusedlr"]["record"] = change
     before = optimizer.record()["step"].tolist()
-    with pytest.raises(ValueError, match="of the loaded record"):
+    with quiet(), pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
     assert optimizer.record()["step"].tolist() == before
+
+
+def test_a_file_loads_where_no_tensors_are_recorded():
+    optimizer, other = make(named(), record=Record()), make(named(), record=Record(tensors=False))
+    steps(optimizer, 0, 5)
+    other.load_state_dict(optimizer.state_dict())
+    np.testing.assert_array_equal(other.record()["lr"], optimizer.record()["lr"])
+    assert other.record()["names"] == ()
+
+
+def test_a_file_has_nothing_of_tensors_that_have_been_taken_out():
+    params = named()
+    optimizer = make([{"params": params[:1]}, {"params": params[1:]}], record=Record())
+    step(optimizer)
+    expected = optimizer.record()["tensor_grad_norm"][:, 1:]
+    del optimizer.param_groups[0], optimizer.state[params[0][1]]
+    state = optimizer.state_dict()
+    assert state["fusedlr"]["record"]["params"] == [0, 1, 2]
+    again = make(named()[1:], record=Record())
+    again.load_state_dict(state)
+    np.testing.assert_array_equal(again.record()["tensor_grad_norm"], expected)
 
 
 def test_a_file_is_whole_while_another_thread_makes_steps():
@@ -446,3 +493,26 @@ def test_recording_changes_no_bit(device, backend):
             step(optimizer, k)
     for p, q in zip(*map(params_of, twins), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("at", (0, 1))
+def test_an_interrupted_step_is_recorded_of_the_groups_that_have_made_it(at, monkeypatch):
+    params = named(shapes=((4,), (3,)))
+    groups = [{"params": params[:1], "scope": "first"}, {"params": params[1:], "scope": "second"}]
+    optimizer = make(groups, record=Record(), backend="reference")
+    step(optimizer)
+    update, updated = reference.adamw_, []
+
+    def interrupted(*given):
+        if len(updated) == at:
+            raise KeyboardInterrupt
+        updated.append(update(*given))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reference, "adamw_", interrupted)
+        step(optimizer, 1)
+    step(optimizer, 2)
+    recording = optimizer.record()
+    assert recording["step"].tolist() == [0, 1, 2]
+    assert recording["k"].tolist() == [[0, 0], [1 if at else -1, -1], [1 + at, 1]]
+    assert np.isnan(recording["tensor_update_ratio"][1]).tolist() == [not at, True]

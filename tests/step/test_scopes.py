@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import SCHEDULE, make_params, quiet, recorded, set_grads, silent
+from kit import SCHEDULE, make, make_params, quiet, recorded, set_grads, silent
 from snapshots import changes, snapshot, unchanged
 from torch import Tensor, nn
 
@@ -417,6 +417,13 @@ def test_a_reset_gives_a_rate_then_a_schedule():
     optimizer.reset_scope("a", schedule=SCHEDULE)
     assert [group["schedule"] for group in optimizer.param_groups] == [SCHEDULE] * 2
     assert [group["initial_lr"] for group in optimizer.param_groups] == [0.1, 0.4]
+
+
+def test_a_schedule_is_not_given_to_a_tensor_rate():
+    optimizer = make([{"params": make_params((torch.float32,)), "scope": "a", "lr": torch.tensor(0.1)}])
+    with pytest.raises(ValueError, match="is a tensor, which a schedule cannot drive"):
+        optimizer.reset_scope("a", schedule=SCHEDULE)
+    optimizer.reset_scope("a")
 
 
 def test_a_peak_of_0_cannot_be_scaled():

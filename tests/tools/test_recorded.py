@@ -118,7 +118,17 @@ def test_arrays_of_scopes_have_one_axis_or_two():
         (None, {"scopes": ["a"]}, r"groups\[0\] is in scope None, and scopes=\('a',\)"),
         (None, {"scopes": [None, "\n"]}, r"scopes\[1\]='\\n' is not a text"),
         (None, {"scopes": [None, 0.5]}, r"scopes\[1\]=0.5 is not an integer"),
-        (None, {"groups": []}, "groups and scopes need at least one of each"),
+        (lambda a: a.update(step=np.array(0)), {}, r"step has shape \(\), expected \(steps,\)"),
+        # one axis is for scopes alone, and for a single one
+        (
+            lambda a: a.update(lr=a["lr"][:, 0], k=a["k"][:, :1]),
+            {"groups": GROUPS[:1]},
+            r"lr has shape \(400,\), expected \(steps, groups\)",
+        ),
+        (None, {"scopes": [None, "a"]}, r"grad_norm has shape \(400,\), expected \(steps, scopes\)"),
+        (None, {"scopes": [None, None]}, r"scopes=\[?\(?None, None\]?\)? has one of them twice"),
+        (None, {"scopes": []}, r"groups\[0\] is in scope None, and scopes=\(\)"),
+        (None, {"groups": []}, "groups needs at least one"),
         (None, {"groups": ["lora_A"]}, r"groups\[0\]='lora_A' is not a RecordedGroup"),
     ],
 )
@@ -234,6 +244,7 @@ def with_header(header: str) -> bytes:
         ({"coef.npy": with_header("(" * 9_000)}, ""),
         ({"coef.npy": with_header("__import__('os').abort()")}, ""),
         ({"coef.npy": as_npy(np.array([{}], object), allow_pickle=True)}, "not an array of object"),
+        ({"coef.npy": with_header(HEADER.replace("<f8", "|O") % 1) + bytes(8)}, "not an array of object"),
         ({"lr.npy": as_npy(np.array([["a"]]))}, "lr has values of type <U1"),
     ],
 )
@@ -244,6 +255,14 @@ def test_arrays_that_are_none_are_refused(saved, changed, message):
 
 def test_a_file_that_would_unpack_to_more_is_refused(saved):
     rewrite(saved, {}, zipfile.ZIP_DEFLATED)
+    assert "about is compressed or encrypted" in refused(saved)
+
+
+def test_a_file_that_says_it_is_encrypted_is_refused(saved):
+    # the flags of the first entry in the list of members
+    whole = bytearray(saved.read_bytes())
+    whole[whole.index(b"PK\x01\x02") + 8] |= 1
+    saved.write_bytes(whole)
     assert "about is compressed or encrypted" in refused(saved)
 
 

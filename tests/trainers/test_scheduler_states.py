@@ -106,3 +106,38 @@ def test_a_state_that_counts_updates_loads_without_a_word(kind):
         warnings.simplefilter("error")
         optimizer.scheduler.load_state_dict(scheduler.state_dict())
     assert optimizer.scheduler.get_last_lr() == pytest.approx(scheduler.get_last_lr(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lr", "rates", "bases", "told"),
+    [
+        (LR, [0.9 * LR], [LR], True),
+        # what its scheduler calls the base need not be the peak
+        (LR, [LR], [2 * LR], False),
+        (LR, [LR / 2], [2 * LR], False),
+        # nothing to compare with, or nothing that says of which groups the rates are
+        (0.0, [0.0], [0.0], False),
+        (LR, [LR, LR], [LR, LR], False),
+        (LR, [0.9 * LR], [], True),
+        (LR, [LR / 2], [], False),
+    ],
+)
+def test_a_rate_is_compared_with_what_it_may_be_relative_to(lr, rates, bases, told):
+    optimizer = make(fusedlr.table([1.0, 0.75, 0.5]))
+    optimizer.param_groups[0]["initial_lr"] = lr
+    state = {"last_epoch": 2, "_last_lr": rates, "base_lrs": bases}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer.scheduler.load_state_dict(state)
+    assert len(seen) == told
+    assert optimizer.metrics()["step"].tolist() == [2]
+
+
+def test_a_group_without_a_schedule_is_not_compared():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
+    groups[1]["schedule"] = fusedlr.table([1.0, 0.75, 0.5])
+    optimizer = fusedlr.FusedAdamW(groups, lr=LR)
+    rates = [0.9 * LR, 0.9 * LR]
+    with pytest.warns(UserWarning) as seen:
+        optimizer.scheduler.load_state_dict({"last_epoch": 2, "_last_lr": rates, "base_lrs": [LR, LR]})
+    assert "group 1" in str(seen[0].message) and "group 0" not in str(seen[0].message)

@@ -64,6 +64,9 @@ def test_optim_args_reach_the_optimizer(tmp_path, optim_args, expected):
         ("zclip=2,zclip_action=stop", "action='stop'"),
         ("zclip_alpha=0.5", "zclip_alpha is given without zclip"),
         ("zclip=2,zclip_warmup=5", "zclip_warmup is none of .*zclip_warmup_steps"),
+        ("record=1,zclip=2,record=3", "optim_args='record=1,zclip=2,record=3': record is given twice"),
+        ("zclip=2, zclip_alpha=0.5, zclip_alpha=0.5", "zclip_alpha is given twice"),
+        ("recrd=1,recrd=2", None),
         ("recrd=1", None),
     ],
 )
