@@ -496,7 +496,7 @@ class FusedAdamW(Optimizer):
                 groups[i].set_quietly("schedule", schedule)
             self._notes.changed = True
             self._counts.show_coming(groups)
-            self._planner.follow(groups, self.state)
+            self._planner.follow(groups)
 
     @eager
     def grad_norm(self, grad_scale: Tensor | float | None = None) -> Tensor:

@@ -86,12 +86,10 @@ class Planner:
         plan.stepper.assign(self._options.groups, self._options.scopes)
         return plan
 
-    def follow(self, groups: list[Any], state: State) -> None:
+    def follow(self, groups: list[Any]) -> None:
         """Let the plan's stepper take changed options now: captured launches need no step to see them."""
         plan = self.plan
-        if plan is None or self.is_capturing() or not plan.fits(groups, self._counts.counters):
-            return
-        if not plan.watch.unchanged(groups, state):
+        if plan is None or not plan.fits(groups, self._counts.counters):
             return
         options = self.options(groups)
         # an lr that was assigned holds for the next step alone, which takes the options itself

@@ -190,6 +190,38 @@ def test_a_replay_follows_a_cooldown_without_a_step_outside(gpu_backend: str, ca
     assert optimizer.metrics()["step"].tolist() == [17] and not stale(optimizer)
 
 
+def two_groups(backend: str) -> fusedlr.FusedAdamW:
+    optimizer, p = make(backend), nn.Parameter(torch.ones(300))
+    p.grad = torch.ones(300)
+    optimizer.add_param_group({"params": [p], "lr": 0.1})
+    return optimizer
+
+
+def assign_a_rate(optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] = 0.5
+
+
+def exchange_the_groups(optimizer: Any) -> None:
+    optimizer.param_groups.reverse()
+
+
+@pytest.mark.parametrize("change", (assign_a_rate, exchange_the_groups))
+def test_a_cooldown_with_what_only_a_step_outside_takes_leaves_the_graph(
+    gpu_backend: str, capture: Any, change: Callable[[Any], None]
+) -> None:
+    optimizer, other, graph = two_groups(gpu_backend), two_groups("reference"), Graph()
+    params = [p for o in (optimizer, other) for group in o.param_groups for p in group["params"]]
+    for o in (optimizer, other):
+        o.step()
+    with capture(graph):
+        optimizer.step()
+    change(optimizer)
+    optimizer.cooldown(6)
+    graph.replay()
+    other.step()
+    assert relative_difference(params[:3], params[3:]) <= GPU_STEP
+
+
 def test_a_cooldown_without_room_leaves_the_graph_until_a_step_outside(
     gpu_backend: str, capture: Any
 ) -> None:
