@@ -113,7 +113,6 @@ class Planner:
         if may_only_allocate and only_allocates(groups, state, self._notes, layout):
             allocate(groups, state, options, self._updates, kept)
             self._notes.clear()
-            self._notes.changed = True
             return None
         if self.is_capturing() and not is_allocated(groups, state, self._updates, kept):
             # tensors allocated while a CUDA graph is captured have no values until it is replayed

@@ -78,7 +78,10 @@ def test_a_group_that_makes_no_step_shows_the_rate_of_its_next(device, backend):
 
 
 def test_an_absolute_floor_is_measured_by_a_rate_that_is_used():
-    groups = [{"params": [p], "lr": lr} for p, lr in zip(make_params(), (2e-4, 3.2e-3), strict=False)]
+    a, b, c, _ = make_params()
+    groups = [{"params": [p], "lr": lr} for p, lr in ((a, 2e-4), (b, 3.2e-3))]
+    # whose rate is no peak
+    groups.append({"params": [c], "schedule": None})
     schedule = fusedlr.cosine(2, 10, min_lr=2e-5)
     with pytest.warns(UserWarning, match=r"min_lr=2e-05.* lr=0\.001.*0\.0002, 0\.0032"):
         fusedlr.FusedAdamW([dict(group) for group in groups], schedule=schedule)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from kit import PEAK, disagreements, make, quiet, recorded, scheduled, set_grads, step, steps
+from kit import PEAK, disagreements, make, quiet, recorded, scheduled, set_grads, silent, step, steps
 from snapshots import bits, changes, params_of, snapshot
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -156,6 +156,17 @@ def test_the_schedules_own_first_rate_of_zero_is_a_step():
     assert optimizer.param_groups[0]["lr"] == 0.0
     step(optimizer, 0)
     assert optimizer.metrics()["step"].tolist() == [1]
+
+
+def test_the_rate_of_an_allocating_step_is_not_that_of_the_next():
+    optimizer = scheduled(schedule=fusedlr.cosine(total_steps=9))
+    given_nothing(optimizer)
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [0]
+    # whether or not a tool puts back the rate that there was
+    with silent():
+        step(optimizer, 0)
+    assert optimizer.metrics()["lr"].tolist() == [PEAK]
 
 
 # done to an optimizer between the checkpoint tool's two doings, a zero gradient and a rate of 0, and the step
