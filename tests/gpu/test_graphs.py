@@ -471,7 +471,9 @@ def test_a_replay_follows_the_tensor_that_tells_which_scopes_step(gpu_backend: s
 def test_a_scope_left_out_of_a_capture_needs_no_gradients(
     gpu_backend: str, capture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = [{"params": [nn.Parameter(torch.ones(5))], "scope": name} for name in "ab"]
+    # a parameter that is not trained needs none anywhere
+    frozen = {name: nn.Parameter(torch.ones(2), requires_grad=False) for name in "ab"}
+    groups = [{"params": [nn.Parameter(torch.ones(5)), frozen[name]], "scope": name} for name in "ab"]
     optimizer, graph = fusedlr.FusedAdamW(groups, lr=0.01, backend=gpu_backend), Graph()
     a, b = (group["params"][0] for group in optimizer.param_groups)
     a.grad = torch.ones(5)

@@ -206,6 +206,16 @@ def test_a_first_step_that_does_more_than_to_allocate_is_one_of_the_run(name):
     assert optimizer.metrics()["step"].tolist() == [1]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_a_gradient_whose_values_cannot_be_looked_at_is_refused_in_words():
+    # torch has no `any` of this layout
+    optimizer = scheduled([nn.Parameter(torch.ones(4, 3).to_sparse_csr())])
+    optimizer.param_groups[0]["lr"] = 0.0
+    params_of(optimizer)[0].grad = torch.zeros(4, 3).to_sparse_csr()
+    with pytest.raises(RuntimeError, match=r"a gradient of layout torch\.sparse_csr is not supported"):
+        optimizer.step()
+
+
 def test_a_first_step_at_rate_0_without_a_schedule_is_one_of_the_run():
     optimizer = make()
     given_nothing(optimizer)

@@ -14,8 +14,10 @@ from kit import (
     make,
     make_params,
     make_stock,
+    prepare_anew,
     scheduled,
     set_grads,
+    step,
     steps,
     uploaded_tables,
 )
@@ -106,6 +108,15 @@ def test_a_step_that_would_make_tensors_is_not_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="make one step outside the CUDA graph before capturing it"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_a_step_that_makes_none_is_captured_though_it_is_prepared_anew(monkeypatch):
+    optimizer = make()
+    step(optimizer)
+    prepare_anew(optimizer)
+    monkeypatch.setattr(optimizer._planner, "is_capturing", lambda: True)
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [2]
 
 
 def test_nothing_to_train_at_all_is_a_step():
