@@ -315,15 +315,17 @@ class Counts:
             self.k, _, in_row, *_ = self.counters.counts.tolist()
             self._warn_skips(in_row)
             return
-        if capturing(device):
-            # events cannot be queried then
-            return
+        # events cannot be queried while a graph is captured
+        if not capturing(device):
+            self._take_arrived()
+
+    def _take_arrived(self) -> None:
         if self._in_flight is not None:
             rows = self._in_flight.counters.values()
             if rows is None:
                 return
             self._take(rows, self._in_flight.advances)
-        self._in_flight = _Copy(Arrival(_pack(self.counters)), list(self._advances))
+        self._in_flight = _Copy(Arrival(_pack(self.counters)), self._advances)
 
     def sync(self) -> None:
         """Read the counters now (waits for the device)."""
