@@ -652,9 +652,7 @@ class UpdateCounts:
     def _has_place(self, p: Tensor) -> bool:
         """Whether the view of `p` is still the element that it was made as."""
         view = self._views.get(p)
-        if view is None or view.device != p.device:
-            return False
-        return _address(view) == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
+        return view is not None and view.device == p.device and _address(view) == self._places[p]
 
 
 def _address(x: Tensor) -> int:

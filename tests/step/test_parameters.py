@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import fusedlr
+from fusedlr.counts import UpdateCounts
 
 
 def test_frozen_parameters_cost_nothing():
@@ -117,6 +118,18 @@ def test_a_step_that_makes_none_is_captured_though_it_is_prepared_anew(monkeypat
     monkeypatch.setattr(optimizer._planner, "is_capturing", lambda: True)
     optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [2]
+
+
+def test_update_counts_are_where_their_parameters_are():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))
+    updates, state = UpdateCounts(), {x: {"step": torch.tensor(3.0)} for x in (p, q)}
+    updates.place([p, q], state)
+    assert [state[x]["step"].device.type for x in (p, q)] == ["cpu", "meta"]
+    assert updates.has_all([p, q], state)
+    torch.utils.swap_tensors(p, nn.Parameter(torch.ones(2, device="meta")))
+    assert not updates.has_all([p, q], state)
+    updates.place([p, q], state)
+    assert [state[x]["step"].device.type for x in (p, q)] == ["meta", "meta"]
 
 
 def test_nothing_to_train_at_all_is_a_step():

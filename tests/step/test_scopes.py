@@ -259,6 +259,7 @@ def test_scopes_that_are_called_by_an_index_are_no_names():
         ):
             optimizer.step(only=[only])
     optimizer.param_groups.clear()
+    assert optimizer.scopes == ()
     with pytest.raises(ValueError, match=r"only=0 is no scope of this optimizer, which has none$"):
         optimizer.step(only=[0])
 
