@@ -419,7 +419,7 @@ def _checked_own(i: int, own: Any) -> dict[str, Any]:
     try:
         if own.get("peak") is not None:
             checked["peak"] = arguments.non_negative("peak", own["peak"])
-        check_of_scope(own)
+        check_of_scope(own, joint=False)
         # a zclip stands beside the norm that caps it
         if "max_grad_norm" in own:
             checked["max_grad_norm"] = from_numbers(own)

@@ -315,15 +315,17 @@ class Counts:
             self.k, _, in_row, *_ = self.counters.counts.tolist()
             self._warn_skips(in_row)
             return
-        if capturing(device):
-            # events cannot be queried then
-            return
+        # events cannot be queried while a graph is captured
+        if not capturing(device):
+            self._take_arrived()
+
+    def _take_arrived(self) -> None:
         if self._in_flight is not None:
             rows = self._in_flight.counters.values()
             if rows is None:
                 return
             self._take(rows, self._in_flight.advances)
-        self._in_flight = _Copy(Arrival(_pack(self.counters)), list(self._advances))
+        self._in_flight = _Copy(Arrival(_pack(self.counters)), self._advances)
 
     def sync(self) -> None:
         """Read the counters now (waits for the device)."""
@@ -651,9 +653,7 @@ class UpdateCounts:
     def _has_place(self, p: Tensor) -> bool:
         """Whether the view of `p` is still the element that it was made as."""
         view = self._views.get(p)
-        if view is None or view.device != p.device:
-            return False
-        return _address(view) == self._places[p] and view.dtype == torch.float32 and view.numel() == 1
+        return view is not None and view.device == p.device and _address(view) == self._places[p]
 
 
 def _address(x: Tensor) -> int:

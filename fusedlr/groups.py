@@ -248,7 +248,7 @@ class Options:
             then.
         """
         for i, group in enumerate(groups):
-            _check(i, group)
+            _check(i, group, joint=joint)
         overruled = [
             i for i, group in enumerate(groups) if has_schedule(group) and id(group) in notes.lr_assigned
         ]
@@ -332,10 +332,9 @@ def _scope(
     nonfinite: str | None,
 ) -> Scope:
     """What a step needs of a scope: its groups' own options, or else the optimizer's."""
-    if key is not None:
-        own = shared_options(key, [group for group, of in zip(groups, keys, strict=True) if of == key])
-        max_grad_norm = own.get("max_grad_norm", max_grad_norm)
-        nonfinite = own.get("nonfinite", nonfinite)
+    own = shared_options(key, [group for group, of in zip(groups, keys, strict=True) if of == key])
+    max_grad_norm = own.get("max_grad_norm", max_grad_norm)
+    nonfinite = own.get("nonfinite", nonfinite)
     skips = skips_nonfinite(nonfinite, max_grad_norm)
     normed = skips or max_grad_norm is not None
     joint = key is None
@@ -377,23 +376,32 @@ def _is_plain(group: dict[str, Any]) -> bool:
     return type(group["betas"]) is tuple and all(type(x) in (float, int, NoneType, ZClip) for x in values)
 
 
-def _check(index: int, group: dict[str, Any]) -> None:
+def _check(index: int, group: dict[str, Any], *, joint: bool) -> None:
     """Hold values that were assigned to a group to what the constructor accepts."""
     where = f"group {index}"
     try:
         arguments.hyperparameters(group)
-        check_of_scope(group)
+        check_of_scope(group, joint=joint)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_of_scope(group: Mapping[str, Any]) -> None:
-    """A group's scope and what it says of it are what the constructor accepts, else ValueError."""
+def check_of_scope(group: Mapping[str, Any], *, joint: bool) -> None:
+    """A group's scope and what it says of it are what the constructor accepts, else ValueError.
+
+    `joint`: whether groups without a scope of their own share one norm.
+    """
     checked_limit(group.get("max_grad_norm"))
     arguments.choice("nonfinite", group.get("nonfinite"), (None, "skip", "propagate"))
     name = group.get("scope")
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"scope={arguments.shown(name)} must be a name, a string that is not empty")
+    for option in _OF_SCOPE if joint and name is None else ():
+        if option in group:
+            raise ValueError(
+                f"{option}={group[option]!r} in a group needs groups='independent' or a scope of the "
+                "group's own: joint groups share one norm"
+            )
 
 
 def _group_step(group: dict[str, Any], scope: int, *, driven: bool) -> GroupStep:
@@ -490,23 +498,15 @@ def checked_group(
     if not isinstance(param_group, dict):
         raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
     group = {**param_group, **getattr(param_group, "own", {})}
-    # counts of another optimizer's run, if the dict came from one
-    group.pop("k", None), group.pop("k_at_step", None)
     arguments.choice("join", group.get("join", False), (True, False))
     if isinstance(group.get("params"), Iterable) and not isinstance(group["params"], (Tensor, set)):
         group["params"] = list(group["params"])
         arguments.duplicates(group["params"])
     checked = arguments.hyperparameters({**defaults, **group})
     group.update((name, value) for name, value in checked.items() if name in group)
-    check_of_scope(group)
+    check_of_scope(group, joint=joint)
     if group.get("scope") is None:
         group.pop("scope", None)
-        for option in _OF_SCOPE if joint else ():
-            if option in group:
-                raise ValueError(
-                    f"{option}={group[option]!r} in a group needs groups='independent' or a scope of the "
-                    "group's own: joint groups share one norm"
-                )
     if "max_grad_norm" in group:
         group["max_grad_norm"] = checked_limit(group["max_grad_norm"])
     if "scope" in group:

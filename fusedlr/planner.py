@@ -89,10 +89,7 @@ class Planner:
     def follow(self, groups: list[Any]) -> None:
         """Let the plan's stepper take changed options now: captured launches need no step to see them."""
         plan = self.plan
-        if plan is None or self.is_capturing() or not plan.fits(groups, self._counts.counters):
-            return
-        # not whether tensors have changed: the next step sees that, and outdates launches on what they were
-        if list(map(id, plan.groups)) != list(map(id, groups)):
+        if plan is None or not plan.fits(groups, self._counts.counters):
             return
         options = self.options(groups)
         # an lr that was assigned holds for the next step alone, which takes the options itself
@@ -116,7 +113,6 @@ class Planner:
         if may_only_allocate and only_allocates(groups, state, self._notes, layout):
             allocate(groups, state, options, self._updates, kept)
             self._notes.clear()
-            self._notes.changed = True
             return None
         if self.is_capturing() and not is_allocated(groups, state, self._updates, kept):
             # tensors allocated while a CUDA graph is captured have no values until it is replayed

@@ -246,6 +246,29 @@ def stepper_of(optimizer: fusedlr.FusedAdamW) -> Stepper:
     return optimizer._planner.plan.stepper
 
 
+class SlowArrival:
+    """A copy that arrives when a test says so."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.rows, self.here = source.clone().tolist(), False
+
+    def values(self) -> list[Any] | None:
+        """What `Arrival` gives."""
+        return self.rows if self.here else None
+
+
+def slow_arrivals(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[SlowArrival]:
+    """The copies that a module starts from now on, as if from a GPU."""
+    started: list[SlowArrival] = []
+
+    def start(source: Tensor) -> SlowArrival:
+        started.append(SlowArrival(source))
+        return started[-1]
+
+    monkeypatch.setattr(module, "Arrival", start)
+    return started
+
+
 @dataclass
 class StepRow:
     """One parameter of a step that no optimizer makes, with its gradient and state."""

@@ -200,6 +200,38 @@ def test_a_replay_follows_a_cooldown_without_a_step_outside(gpu_backend: str, ca
     assert optimizer.metrics()["step"].tolist() == [17] and not stale(optimizer)
 
 
+def two_groups(backend: str) -> fusedlr.FusedAdamW:
+    optimizer, p = make(backend), nn.Parameter(torch.ones(300))
+    p.grad = torch.ones(300)
+    optimizer.add_param_group({"params": [p], "lr": 0.1})
+    return optimizer
+
+
+def assign_a_rate(optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] = 0.5
+
+
+def exchange_the_groups(optimizer: Any) -> None:
+    optimizer.param_groups.reverse()
+
+
+@pytest.mark.parametrize("change", (assign_a_rate, exchange_the_groups))
+def test_a_cooldown_with_what_only_a_step_outside_takes_leaves_the_graph(
+    gpu_backend: str, capture: Any, change: Callable[[Any], None]
+) -> None:
+    optimizer, other, graph = two_groups(gpu_backend), two_groups("reference"), Graph()
+    params = [p for o in (optimizer, other) for group in o.param_groups for p in group["params"]]
+    for o in (optimizer, other):
+        o.step()
+    with capture(graph):
+        optimizer.step()
+    change(optimizer)
+    optimizer.cooldown(6)
+    graph.replay()
+    other.step()
+    assert relative_difference(params[:3], params[3:]) <= GPU_STEP
+
+
 def test_a_cooldown_without_room_leaves_the_graph_until_a_step_outside(
     gpu_backend: str, capture: Any
 ) -> None:
@@ -450,7 +482,9 @@ def test_a_replay_follows_the_tensor_that_tells_which_scopes_step(gpu_backend: s
 def test_a_scope_left_out_of_a_capture_needs_no_gradients(
     gpu_backend: str, capture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = [{"params": [nn.Parameter(torch.ones(5))], "scope": name} for name in "ab"]
+    # a parameter that is not trained needs none anywhere
+    frozen = {name: nn.Parameter(torch.ones(2), requires_grad=False) for name in "ab"}
+    groups = [{"params": [nn.Parameter(torch.ones(5)), frozen[name]], "scope": name} for name in "ab"]
     optimizer, graph = fusedlr.FusedAdamW(groups, lr=0.01, backend=gpu_backend), Graph()
     a, b = (group["params"][0] for group in optimizer.param_groups)
     a.grad = torch.ones(5)

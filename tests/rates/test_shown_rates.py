@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit import PEAK, SCHEDULE, assert_same, make_params, scheduled, step, with_rates
+from kit import (
+    PEAK,
+    SCHEDULE,
+    assert_same,
+    make_params,
+    scheduled,
+    set_grads,
+    slow_arrivals,
+    spoil,
+    step,
+    steps,
+    with_rates,
+)
 from torch import nn
 
 import fusedlr
+from fusedlr import counts as counts_module
 
 
 def test_the_group_shows_the_rate_just_used_then_the_next():
@@ -78,9 +91,45 @@ def test_a_group_that_makes_no_step_shows_the_rate_of_its_next(device, backend):
 
 
 def test_an_absolute_floor_is_measured_by_a_rate_that_is_used():
-    groups = [{"params": [p], "lr": lr} for p, lr in zip(make_params(), (2e-4, 3.2e-3), strict=False)]
+    a, b, c, _ = make_params()
+    groups = [{"params": [p], "lr": lr} for p, lr in ((a, 2e-4), (b, 3.2e-3))]
+    # whose rate is no peak
+    groups.append({"params": [c], "schedule": None})
     schedule = fusedlr.cosine(2, 10, min_lr=2e-5)
     with pytest.warns(UserWarning, match=r"min_lr=2e-05.* lr=0\.001.*0\.0002, 0\.0032"):
         fusedlr.FusedAdamW([dict(group) for group in groups], schedule=schedule)
     optimizer = fusedlr.FusedAdamW([dict(group) for group in groups], lr=2e-4, schedule=schedule)
     assert optimizer.param_groups[0]["schedule"].lr_at(10, 2e-4) == pytest.approx(2e-5)
+
+
+def test_from_a_gpu_the_host_learns_of_skips_when_a_copy_has_arrived(monkeypatch):
+    optimizer = scheduled(max_grad_norm=1.0, backend="reference")
+    counts, started = optimizer._counts, slow_arrivals(monkeypatch, counts_module)
+    # what is done on a GPU when somebody asks, and not at every step
+    ask = counts._take_arrived
+    monkeypatch.setattr(counts, "refresh", lambda: None)
+    steps(optimizer, 0, 2)
+    ask()
+    set_grads(optimizer, 2)
+    spoil(optimizer)
+    optimizer.step()
+    # the host takes every step as made
+    assert counts.k == [3] and len(started) == 1
+    # on its way: no second copy is started
+    ask()
+    assert counts.k == [3] and len(started) == 1
+    step(optimizer, 3)
+    started[0].here = True
+    ask()
+    # it was started before the skip
+    assert counts.k == [4] and len(started) == 2
+    step(optimizer, 4)
+    started[1].here = True
+    ask()
+    assert counts.k == [4] and len(started) == 3
+    # one that was started before the host read the counters is not taken any more
+    counts.sync()
+    step(optimizer, 5)
+    started[2].here = True
+    ask()
+    assert counts.k == [5] and len(started) == 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from kit import PEAK, disagreements, make, quiet, recorded, scheduled, set_grads, step, steps
+from kit import PEAK, disagreements, make, quiet, recorded, scheduled, set_grads, silent, step, steps
 from snapshots import bits, changes, params_of, snapshot
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -158,6 +158,17 @@ def test_the_schedules_own_first_rate_of_zero_is_a_step():
     assert optimizer.metrics()["step"].tolist() == [1]
 
 
+def test_the_rate_of_an_allocating_step_is_not_that_of_the_next():
+    optimizer = scheduled(schedule=fusedlr.cosine(total_steps=9))
+    given_nothing(optimizer)
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [0]
+    # whether or not a tool puts back the rate that there was
+    with silent():
+        step(optimizer, 0)
+    assert optimizer.metrics()["lr"].tolist() == [PEAK]
+
+
 # done to an optimizer between the checkpoint tool's two doings, a zero gradient and a rate of 0, and the step
 NOT_ONLY_TO_ALLOCATE: dict[str, Callable[[fusedlr.FusedAdamW], Any]] = {
     "another option": lambda optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
@@ -193,6 +204,16 @@ def test_a_first_step_that_does_more_than_to_allocate_is_one_of_the_run(name):
     with quiet():
         optimizer.step()
     assert optimizer.metrics()["step"].tolist() == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_a_gradient_whose_values_cannot_be_looked_at_is_refused_in_words():
+    # torch has no `any` of this layout
+    optimizer = scheduled([nn.Parameter(torch.ones(4, 3).to_sparse_csr())])
+    optimizer.param_groups[0]["lr"] = 0.0
+    params_of(optimizer)[0].grad = torch.zeros(4, 3).to_sparse_csr()
+    with pytest.raises(RuntimeError, match=r"a gradient of layout torch\.sparse_csr is not supported"):
+        optimizer.step()
 
 
 def test_a_first_step_at_rate_0_without_a_schedule_is_one_of_the_run():

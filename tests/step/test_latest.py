@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from kit import make, set_grads, spoil, step, steps
+from kit import make, set_grads, slow_arrivals, spoil, step, steps
 from snapshots import params_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -128,19 +128,7 @@ def test_no_copy_is_started_without_tensors_or_while_a_graph_is_captured(capture
 
 def test_from_a_gpu_the_last_copy_that_has_arrived_is_shown_and_nothing_waits(monkeypatch):
     optimizer = make(lora(), record=Record())
-    started = []
-
-    class Slow:
-        """Arrives when the test says so."""
-
-        def __init__(self, source):
-            self.rows, self.here = source.clone().tolist(), False
-            started.append(self)
-
-        def values(self):
-            return self.rows if self.here else None
-
-    monkeypatch.setattr(latest_module, "Arrival", Slow)
+    started = slow_arrivals(monkeypatch, latest_module)
     latest = latest_module.Latest()
     # what is done for a ring on a GPU, with this one
     monkeypatch.setattr(latest, "_refresh", latest._take_arrived)

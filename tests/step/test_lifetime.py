@@ -68,3 +68,12 @@ def test_a_dropped_group_of_parameters_is_not_kept_alive():
     steps(optimizer, 2, 3)
     gc.collect()
     assert gone() is None
+
+
+def test_a_cooldown_keeps_no_gradient_alive():
+    optimizer = scheduled()
+    step(optimizer)
+    gradients = [weakref.ref(p.grad) for p in params_of(optimizer)]
+    optimizer.cooldown(4)
+    optimizer.zero_grad()
+    assert all(ref() is None for ref in gradients)

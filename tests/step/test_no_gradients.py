@@ -49,9 +49,10 @@ def test_a_group_whose_parameters_are_exchanged_is_told_of_if_it_has_a_schedule(
     """As by DeepSpeed's ZeRO stage 3, which makes one step per part of a group."""
     optimizer = make(make_params(shapes=((2,),)), schedule=schedule)
     step(optimizer)
-    optimizer.param_groups[0]["params"] = make_params(shapes=((2,),))
     with recorded() as caught:
-        step(optimizer)
+        for _ in range(2):
+            optimizer.param_groups[0]["params"] = make_params(shapes=((2,),))
+            step(optimizer)
     told = [
         "group 0 holds none of the parameters that it had in the last step" in str(w.message) for w in caught
     ]

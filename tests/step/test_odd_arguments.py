@@ -79,6 +79,22 @@ def test_tensor_betas_are_read_at_every_step_as_in_torch(where, shape, backend):
     assert torch.allclose(got, want, rtol=1e-5, atol=0)
 
 
+def test_betas_in_a_list_are_read_at_every_step():
+    betas = [0.9, 0.99]
+
+    def make(p):
+        optimizer = FusedAdamW([p], lr=0.1)
+        optimizer.param_groups[0]["betas"] = betas
+        return optimizer
+
+    got = run_filling(make, betas, lambda b: b.__setitem__(0, 0.5))
+    b1 = torch.tensor(0.9)
+    want = run_filling(
+        lambda p: FusedAdamW([p], lr=0.1, betas=(b1, torch.tensor(0.99))), b1, lambda b: b.fill_(0.5)
+    )
+    assert torch.allclose(got, want, rtol=1e-5, atol=0)
+
+
 # gradients and state
 
 

@@ -14,8 +14,10 @@ from kit import (
     make,
     make_params,
     make_stock,
+    prepare_anew,
     scheduled,
     set_grads,
+    step,
     steps,
     uploaded_tables,
 )
@@ -24,6 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import fusedlr
+from fusedlr.counts import UpdateCounts
 
 
 def test_frozen_parameters_cost_nothing():
@@ -106,6 +109,27 @@ def test_a_step_that_would_make_tensors_is_not_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="make one step outside the CUDA graph before capturing it"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_a_step_that_makes_none_is_captured_though_it_is_prepared_anew(monkeypatch):
+    optimizer = make()
+    step(optimizer)
+    prepare_anew(optimizer)
+    monkeypatch.setattr(optimizer._planner, "is_capturing", lambda: True)
+    optimizer.step()
+    assert optimizer.metrics()["step"].tolist() == [2]
+
+
+def test_update_counts_are_where_their_parameters_are():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))
+    updates, state = UpdateCounts(), {x: {"step": torch.tensor(3.0)} for x in (p, q)}
+    updates.place([p, q], state)
+    assert [state[x]["step"].device.type for x in (p, q)] == ["cpu", "meta"]
+    assert updates.has_all([p, q], state)
+    torch.utils.swap_tensors(p, nn.Parameter(torch.ones(2, device="meta")))
+    assert not updates.has_all([p, q], state)
+    updates.place([p, q], state)
+    assert [state[x]["step"].device.type for x in (p, q)] == ["meta", "meta"]
 
 
 def test_nothing_to_train_at_all_is_a_step():

@@ -499,6 +499,8 @@ def test_a_step_without_groups_does_nothing():
     optimizer = made()
     optimizer.param_groups.clear()
     optimizer.step()
+    # the joint scope is there, and has the norm of nothing
+    assert optimizer.scopes == (None,) and optimizer.grad_norm() == 0
     copy.deepcopy(optimizer).step()
 
 

@@ -112,6 +112,35 @@ def test_a_joint_group_has_no_limit_of_its_own(option):
     with pytest.raises(ValueError, match="needs groups='independent' or a scope of the group's own"):
         fusedlr.FusedAdamW([given])
     assert fusedlr.FusedAdamW([given], groups="independent").scopes == (0,)
+    # nor is one assigned later
+    optimizer = fusedlr.FusedAdamW(given["params"])
+    optimizer.param_groups[0][option] = given[option]
+    set_grads(optimizer)
+    with unchanged(optimizer), pytest.raises(ValueError, match=r"group 0: .* joint groups share one norm"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("max_grad_norm", 0.0, "group 1: max_grad_norm=0.0 must be a number above 0"),
+        ("nonfinite", "halt", "group 1: nonfinite='halt' is unknown"),
+        ("scope", "", "group 1: scope='' must be a name"),
+    ],
+)
+def test_what_is_assigned_to_a_group_of_a_scope_is_held_to_what_may_be_given(option, value, message):
+    optimizer = adapters("a")
+    optimizer.param_groups[1][option] = value
+    with unchanged(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+def test_groups_whose_scope_is_none_have_limits_of_their_own():
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [x], "scope": None, "max_grad_norm": n} for x, n in ((p, 1), (q, 2))]
+    optimizer = fusedlr.FusedAdamW(groups, groups="independent")
+    limits = [group["max_grad_norm"] for group in optimizer.param_groups]
+    assert limits == [1.0, 2.0] and {type(limit) for limit in limits} == {float}
 
 
 def test_what_a_scope_does_not_say_is_the_optimizers(device, backend):
@@ -230,6 +259,7 @@ def test_scopes_that_are_called_by_an_index_are_no_names():
         ):
             optimizer.step(only=[only])
     optimizer.param_groups.clear()
+    assert optimizer.scopes == ()
     with pytest.raises(ValueError, match=r"only=0 is no scope of this optimizer, which has none$"):
         optimizer.step(only=[0])
 
@@ -322,6 +352,15 @@ def test_a_scalers_flag_does_not_hold_up_scopes_that_have_a_norm(device, backend
     # one without a norm has nothing else to go by
     assert optimizer.metrics()["skipped"].tolist() == [0, 1, 1]
     assert optimizer.metrics()["step"].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_a_scalers_flag_does_not_hold_up_scopes_that_skip_without_a_limit(device, backend):
+    optimizer = adapters("a", "b", device=device, backend=backend, limit=None, nonfinite="skip")
+    params_of(optimizer, "b")[0].grad.view(-1)[0] = math.nan
+    optimizer.grad_scale = torch.tensor(2.0, device=device)
+    optimizer.found_inf = torch.tensor(1.0, device=device)
+    optimizer.step()
+    assert optimizer.metrics()["skipped"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
