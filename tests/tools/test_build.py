@@ -28,7 +28,7 @@ COMPILER = """#!/bin/sh
 echo "$0 $*" >>'{log}'
 case "$*" in *{refused}*) echo "no {refused}" >&2; exit 1 ;; esac
 while [ $# -gt 1 ]; do
-    case "$1" in -o) echo >"$2" ;; -MF) echo >"$2" ;; esac
+    case "$1" in -o) echo >"$2" ;; -MF) echo out: >"$2" ;; esac
     shift
 done
 """
