@@ -96,7 +96,7 @@ def text() -> str:
     from fusedlr.backends.gpu import cuda
 
     lines = [f"fusedlr {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"{name} {_version(name)}" for name in _PACKAGES]
+    lines += [f"{name} {installed_version(name) or 'not installed'}" for name in _PACKAGES]
     lines.append(
         f"torch was built for CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"
     )
@@ -139,8 +139,19 @@ def _kernels() -> list[str]:
     return [*lines, f"compiled kernels: {kept}"]
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """The version of a package, None if it is not installed; of torch also which build it is.
+
+    >>> import torch
+    >>> installed_version("torch") == torch.__version__
+    True
+    """
+    if package == "torch":
+        import torch
+
+        # the metadata of a wheel from an index leaves out the build, such as +cu130
+        return str(torch.__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None

@@ -13,6 +13,7 @@ from fusedlr.console import aligned
 from fusedlr.demo.base import Base
 from fusedlr.demo.finetune import FOREACH, FUSEDLR, OFF_BY_ONE, STOCK, Result
 from fusedlr.demo.settings import Settings
+from fusedlr.info import installed_version
 
 # optimizer code is allowed to differ from another in rounding only; stock's two differ by 1 on this scale.
 # Any two of stock's, cpu and reference over any other two: 99 % within 2.7, at most 3.3 (quick, 12 seeds,
@@ -153,15 +154,9 @@ def write_recording(results: list[Result], folder: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("fusedlr", "torch", "transformers", "accelerate", "peft", "tokenizers", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    names = ("fusedlr", "torch", "transformers", "accelerate", "peft", "tokenizers", "triton")
+    found = {name: version for name in names if (version := installed_version(name))}
+    return {"python": platform.python_version(), **found}
 
 
 def machine(settings: Settings) -> dict:

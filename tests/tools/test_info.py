@@ -23,6 +23,13 @@ def test_it_names_versions_devices_and_reasons():
         assert (f"  {name}: {why}" in text) == (why is not None)
 
 
+def test_the_version_of_torch_says_which_build_it_is(monkeypatch):
+    # that of a wheel from an index, whose metadata says 2.99.0
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu130")
+    assert "torch 2.99.0+cu130" in info.text()
+    assert info.installed_version("no-such-package") is None
+
+
 @pytest.mark.parametrize("name", ["triton", "no such backend"])
 def test_a_backend_that_cannot_run_is_reported(name, monkeypatch):
     monkeypatch.setenv("FUSEDLR_BACKEND", name)
