@@ -6,6 +6,7 @@ Used by test_cuda_compile.py; by hand, from the root, it records the registers.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -56,14 +57,20 @@ def nvrtc(major: int | None = None) -> Nvrtc:
     return first
 
 
+# the first architecture of every generation. For these alone kernels that record are looked at, those for the
+# smaller launches: they are as many as the others, and compiling all of both takes minutes
+FIRST_ARCHS = (75, 80, 90, 100, 120)
+
+
 def archs(nvrtc: Nvrtc) -> list[int]:
-    """The architectures that kernels are compiled for, as far as this NVRTC knows them."""
-    return [arch for arch in nvrtc.archs if arch >= kernels.MIN_ARCH]
+    """The architectures that kernels are compiled for: all that the NVRTC that would be used knows.
 
-
-# architectures for which kernels that record are looked at, those for the smaller launches: they are as many
-# as the others, and compiling all of both takes minutes
-RECORDED = (75, 80, 90, 100, 120)
+    For another one the first of every generation will do, unless FUSEDLR_ALL_ARCHS=1 asks for all.
+    """
+    known = [arch for arch in nvrtc.archs if arch >= kernels.MIN_ARCH]
+    if nvrtc == found()[0] or os.environ.get("FUSEDLR_ALL_ARCHS") == "1":
+        return known
+    return [arch for arch in known if arch in FIRST_ARCHS]
 
 
 def compile_type(
@@ -102,7 +109,7 @@ def compile_all(nvrtc: Nvrtc) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _facts(nvrtc: Nvrtc, name: str, arch: int) -> dict[str, Any]:
-    recorded = ("few",) if arch in RECORDED else ()
+    recorded = ("few",) if arch in FIRST_ARCHS else ()
     made = compile_type(nvrtc, f"sm_{arch}", name, "--ptxas-options=-v", ptx=True, recorded=recorded)
     facts = dict(map(_instructions, re.split(r"\.entry ", made.ptx)[1:]))
     for of in re.split(r"Compiling entry function ", made.log)[1:]:
@@ -203,6 +210,7 @@ def _around_ticket(names: list[str]) -> list[str]:
 
 
 def main() -> None:
+    os.environ["FUSEDLR_ALL_ARCHS"] = "1"
     recorded = {}
     for nvrtc in found():
         recorded[str(nvrtc)] = {
