@@ -19,14 +19,14 @@ FLAGS = "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fv
 # instruction set -> flags; the best that a machine has is chosen when the module is loaded
 ISAS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    # which processors of the last ten years do not run: at -O3 it is the largest of the three
+    # processors without AVX2 are rare, and at -O3 this kernel would be the largest of the three
     ISAS["baseline"] = "-O2"
     ISAS["avx2"] = "-mavx2"
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
     FLAGS += " -DFUSEDLR_X86"
 # what the CUDA kernels are compiled from where they run
 KERNEL_SOURCES = ("schedule.h", "adamw.h", "guard.h", "types.h", "cuda/step.h", "cuda/step.cu")
-# of what Python calls: -Os keeps the wheel below 1 MB and takes 0.4 us more of a step that takes 13
+# flags of the files that define what Python calls: -Os keeps the wheel below 1 MB, for 0.4 us of a 13 us step
 CALLS = "$python -Os"
 # without symbols, which are an eighth of a module; darwin is untried
 LINK = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -s"
